@@ -1,0 +1,151 @@
+"""LPET, the low-priority eviction task: from the high threshold down to the low one.
+
+Owns the evictor's sequence: learn what arrived, ask the policy, mark, evict.  Does not own the order of victims (the policy), nor how
+a page leaves (`dmh.evict.leave`).  Called by `workers/evictor.py` when the bell has rung.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from dmh.evict.leave import Leaver
+from dmh.evict.policies.base import Policy
+from dmh.lspt.states import State
+from dmh.lspt.table import Table
+from dmh.native import ffi, lib
+
+_EVENT = np.dtype([("order", "u8"), ("page", "u8"), ("kind", "u4"), ("thread", "u4")])
+_EVENTS = 65536
+
+
+class Lpet:
+    """One region's eviction task."""
+
+    def __init__(self, table: Table, policy: Policy, leaver: Leaver, batch: int, number: int) -> None:
+        self._table = table
+        self._policy = policy
+        self._leaver = leaver
+        self._batch = batch
+        self._number = number
+        self._events = np.empty(_EVENTS, _EVENT)
+
+    def learn(self) -> None:
+        """Tell the policy what has arrived since last time, in the order in which it did."""
+        raw = self._table.raw
+        while n := lib.dmh_drain(raw, ffi.from_buffer("struct dmh_event[]", self._events), _EVENTS):
+            events = self._events[:n]
+            events = events[np.argsort(events["order"], kind="stable")]
+            soft = np.flatnonzero(events["kind"] == lib.DMH_EV_SOFT)
+            begin = 0
+            for stop in [*soft.tolist(), n]:
+                part = events[begin:stop]
+                if len(part):
+                    self._policy.arrived(part["page"].tolist(), (part["kind"] == lib.DMH_EV_PREFETCH).tolist())
+                if stop < n:
+                    self._policy.returned(int(events["page"][stop]))
+                begin = stop + 1
+            if n < _EVENTS:
+                break
+        if raw.events_lost:
+            raw.events_lost = 0
+            self.resync()
+
+    def resync(self) -> None:
+        """Learn from the table: the resident pages that the policy has not heard of, in the order of their numbers."""
+        missing = [page for page in self._table.in_state(State.RESIDENT).tolist() if page not in self._policy]
+        self._policy.arrived(missing, [False] * len(missing))
+
+    def due(self) -> int:
+        """How many local pages are too many now; 0 below the high threshold."""
+        raw = self._table.raw
+        local = self._table.local
+        if local >= int(raw.high):
+            return local - int(raw.low)
+        # The hard bound can be reached below the high threshold, when few slots are in use.
+        return 1 if raw.room_waiters and self._table.resident >= int(raw.resident_max) else 0
+
+    def run(self, keep_going: Callable[[], bool]) -> int:
+        """One run: evict as many pages as were too many at its start.  Returns how many it could not find."""
+        quota = self.due()
+        if not quota:
+            return 0
+        self._table.count(self._number, "runs")
+        while quota > 0 and keep_going():
+            self.learn()
+            free = self._table.slots - self._table.staged
+            choice = self._policy.choose(min(quota, self._batch), min(free, self._batch), self._is_idle)
+            if choice.mark:
+                marked = self._leaver.stage(_numbers(choice.mark))
+                self._table.count(self._number, "marked", len(marked))
+                self._keep_unmoved(choice.mark)
+            if choice.evict:
+                self._leaver.evict(_numbers(choice.evict))
+                quota -= len(choice.evict) - self._keep_unmoved(choice.evict)
+            if not choice.mark and not choice.evict:
+                # Nothing of the policy's is left to evict; what an earlier write failed on may be.
+                self._leaver.write_staged()
+                break
+        return max(quota, 0)
+
+    def evict(self, pages: npt.NDArray[np.uint64]) -> None:
+        """Move these pages out now, whatever the policy thinks of them."""
+        self.learn()
+        for page in pages.tolist():
+            self._policy.gone(page)
+        self._leaver.evict(pages)
+        self._keep_unmoved(pages.tolist())
+
+    def pin(self, first: int, count: int) -> str | None:
+        """Keep pages from being chosen until they are unpinned as often; returns what is wrong where that cannot be."""
+        raw = self._table.raw
+        pins = self._table.pins[first : first + count]
+        fresh = int(np.count_nonzero(pins == 0))
+        most = int(raw.resident_max) - max(int(raw.resident_max) // 8, 4)
+        if int(raw.pinned) + fresh > most:
+            return (
+                f"pinning {fresh} more pages would leave too little of memory.limit to page with: "
+                f"{int(raw.pinned)} are pinned, at most {max(most, 0)} may be"
+            )
+        if (pins == 255).any():
+            return "a page is pinned 255 times already"
+        pins += 1
+        raw.pinned += fresh
+        self.forget(np.arange(first, first + count, dtype=np.uint64))
+        return None
+
+    def unpin(self, first: int, count: int) -> None:
+        """Undo one `pin`."""
+        pins = self._table.pins[first : first + count]
+        self._table.raw.pinned -= int(np.count_nonzero(pins == 1))
+        pins -= pins > 0
+        free = np.flatnonzero(pins == 0).astype(np.uint64) + np.uint64(first)
+        words = self._table.words[free]
+        resident = free[(words & np.uint64(15)) == State.RESIDENT].tolist()
+        self._policy.arrived(resident, [False] * len(resident))
+
+    def forget(self, pages: npt.NDArray[np.uint64]) -> None:
+        """Pages that LPET is not to choose any more: discarded, or pinned."""
+        self.learn()
+        for page in pages.tolist():
+            self._policy.gone(page)
+
+    def _is_idle(self, page: int) -> bool:
+        # The `buffer` source: a marked page that nobody touched is still in the victim buffer.
+        return self._table.state(page) is State.STAGED
+
+    def _keep_unmoved(self, pages: list[int]) -> int:
+        """Pages that stayed resident although they were chosen go back to the policy, but for pinned ones, which come back when
+        they are unpinned.  Returns how many stayed."""
+        words = self._table.words[pages]
+        resident = np.flatnonzero((words & 15) == State.RESIDENT)
+        again = [pages[i] for i in resident.tolist() if not self._table.pins[pages[i]]]
+        if again:
+            self._policy.arrived(again, [False] * len(again))
+        return len(resident)
+
+
+def _numbers(pages: list[int]) -> npt.NDArray[np.uint64]:
+    return np.array(pages, np.uint64)

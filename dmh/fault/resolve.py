@@ -1,0 +1,86 @@
+"""A resolver's half of a fault: claim, fetch, install.
+
+Owns the plan and the buffer that pages are fetched into.  Does not own the loops over pages (native) nor the store's retries
+(`dmh.store.retry`).  Called by `workers/resolver.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from dmh.errors import PageCorrupt, StoreUnavailable
+from dmh.lspt.table import Table
+from dmh.native import ffi, lib
+from dmh.store.base import Store
+from dmh.store.retry import Retry, Stopped
+from dmh.wire import Request
+
+log = logging.getLogger("dmh")
+
+CHUNK_BYTES = 256 * 1024
+"""Installed in one call: the faulting thread goes on while the rest of its window is installed."""
+ROOM_WAIT_MS = 100
+
+
+class Resolver:
+    """Resolves one request at a time."""
+
+    def __init__(self, table: Table, context: Any, number: int, window: int, store: Store, retry: Retry, region: str) -> None:
+        self._table = table
+        self._context = context
+        self._number = number
+        self._store = store
+        self._retry = retry
+        self._region = region
+        self._chunk = max(CHUNK_BYTES // table.page_size, 1)
+        self._plan: Any = ffi.new("struct dmh_plan *")
+        self._buffer = np.empty((window + 1, table.page_size), np.uint8)
+        self._buffer_pointer = ffi.from_buffer("uint8_t[]", self._buffer)
+        self._stored = np.frombuffer(ffi.buffer(self._plan.stored), np.uint64)
+        self._found = np.frombuffer(ffi.buffer(self._plan.found), np.uint8)
+        self._most = window
+
+    def resolve(self, request: Request, *, demand: bool) -> None:
+        """Steps 4 to 6 of a fault; with `demand` false only the window is wanted, and nobody waits for it."""
+        plan = self._plan
+        plan.view, plan.thread, plan.ns = request.view, request.thread, request.received_ns
+        window = min(request.window, self._most)
+        while True:
+            claimed = lib.dmh_claim(self._context, plan, request.page, demand, request.stride, window)
+            if plan.room_wanted:
+                # The hard limit: LPET has been rung.  Nothing is claimed, so nothing is held up meanwhile.
+                self._table.count(self._number, "room_waits")
+                lib.dmh_wait_room(self._table.raw, ROOM_WAIT_MS)
+                if self._retry.stopping.is_set():
+                    return
+                continue
+            break
+        if claimed > 0:
+            if plan.stored_n and not self._fetch(plan.stored_n):
+                lib.dmh_give_back(self._context, plan)
+                return
+            lib.dmh_install(self._context, plan, self._buffer_pointer, self._chunk)
+        if plan.lost_n:
+            self._report_lost()
+
+    def _fetch(self, n: int) -> bool:
+        """RequestPageFromDMS for every claimed page that is stored: one batched call.  False: given up, the service ends."""
+        pages, out = self._stored[:n], self._buffer[:n]
+        try:
+            found = self._retry.call("fetching pages", lambda: self._store.get_many(pages, out))
+        except Stopped:
+            return False
+        except (StoreUnavailable, PageCorrupt) as error:
+            log.error("pages %d.. of region %s are given up: %s", int(pages[0]), self._region, error)
+            found = np.zeros(n, np.bool_)
+        self._found[:n] = found
+        self._table.count(self._number, "fetch_calls")
+        return True
+
+    def _report_lost(self) -> None:
+        why = {1: "the store does not have it any more, or its memory was removed", 2: "its bytes are not the ones that were stored"}
+        for page, reason in zip(self._plan.lost[0 : self._plan.lost_n], self._plan.lost_why, strict=False):
+            log.error("page %d of region %s is lost: %s; access to it raises SIGBUS", page, self._region, why[reason])

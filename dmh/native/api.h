@@ -1,0 +1,173 @@
+/*
+ * The native module's interface, as cffi reads it and as the C files include it.
+ *
+ * C here is what must run without the interpreter lock or once a page: system calls, atomics, loops over a batch.
+ * Decisions are Python's.  Functions return 0 or a count, or -errno.
+ */
+
+/* ---- the shared table (LSPT): one memfd, mapped by every dmh process ---- */
+
+#define DMH_MAX_WORKERS 72
+#define DMH_MAX_COUNTERS 64
+#define DMH_BUCKETS 64
+#define DMH_MAX_RUN 1024
+#define DMH_MAX_VIEWS 256
+
+struct dmh_shared {
+    uint64_t magic, version;
+    uint64_t page_size, page_shift, pages, slots, workers, ring_entries;
+    uint64_t resident_max;      /* pages; memory.limit less the victim buffer: the hard bound */
+    uint64_t high, low;         /* pages; LPET's thresholds, over local pages */
+    uint64_t words_at, sums_at, copies_at, pins_at, slots_at, rings_at, journal_at, bytes; /* offsets from here */
+    uint64_t resident;          /* pages that occupy, or are promised, memory of the region; <= resident_max */
+    uint64_t staged;            /* slots in use; <= slots */
+    uint64_t clock;             /* orders the arrivals of pages */
+    uint64_t pinned;            /* pages with a pin */
+    uint32_t bell;              /* futex: rung to wake LPET */
+    uint32_t room;              /* futex: changes when LPET has made room */
+    uint32_t room_waiters;
+    uint32_t stop;              /* set once: nobody waits any more */
+    uint32_t events_lost;       /* a ring was full: LPET must look at the table */
+    uint32_t poison_works;      /* UFFDIO_POISON is there */
+    uint64_t dispatched[72];    /* per resolver: messages sent to it */
+    uint64_t completed[72];     /* per resolver: messages it is done with */
+};
+
+struct dmh_counters {
+    uint64_t cell[64];
+    uint64_t fault_ns[64];      /* log2 buckets of nanoseconds from receipt of a fault to its page's installation */
+};
+
+/* What the evictor is in the middle of, so that whoever comes after it can finish it. */
+struct dmh_journal {
+    uint64_t first, count;      /* the run of pages between splice and STAGED; count 0: none */
+    uint64_t bytes;             /* of the run: spliced into the pipe */
+    uint32_t slot[1024];
+};
+
+int      dmh_shared_create(uint64_t pages, uint64_t page_size, uint64_t slots, uint64_t workers);
+struct dmh_shared *dmh_shared_map(int fd);
+void     dmh_shared_unmap(struct dmh_shared *s);
+uint64_t *dmh_words(struct dmh_shared *s);
+uint64_t *dmh_sums(struct dmh_shared *s);
+uint8_t  *dmh_copies(struct dmh_shared *s);
+uint8_t  *dmh_pins(struct dmh_shared *s);
+struct dmh_counters *dmh_counters_of(struct dmh_shared *s, uint32_t worker);
+struct dmh_journal *dmh_journal_of(struct dmh_shared *s);
+void     dmh_count(struct dmh_shared *s, uint32_t worker, uint32_t counter, uint64_t n);
+
+int      dmh_move(struct dmh_shared *s, uint64_t page, uint64_t expected, uint32_t state, uint32_t worker, int32_t slot);
+int64_t  dmh_count_states(struct dmh_shared *s, uint64_t *out_by_state);
+uint64_t dmh_pages_in_state(struct dmh_shared *s, uint32_t state, uint64_t first, uint64_t end, uint64_t *out, uint64_t max);
+void     dmh_reset_claims(struct dmh_shared *s, uint32_t worker);
+
+uint64_t dmh_reserve(struct dmh_shared *s, uint64_t wanted);
+void     dmh_release(struct dmh_shared *s, uint64_t n);
+int      dmh_wait_room(struct dmh_shared *s, int timeout_ms);
+void     dmh_ring_bell(struct dmh_shared *s);
+int      dmh_wait_bell(struct dmh_shared *s, uint32_t seen, int timeout_ms);
+void     dmh_stop(struct dmh_shared *s);
+int64_t  dmh_take_slots(struct dmh_shared *s, uint32_t *out, uint64_t n, uint64_t from);
+void     dmh_free_slot(struct dmh_shared *s, uint32_t slot);
+
+struct dmh_event { uint64_t order; uint64_t page; uint32_t kind; uint32_t thread; };
+#define DMH_EV_FAULT 0          /* a page came in because it was touched */
+#define DMH_EV_SOFT 1           /* a page came back from the victim buffer because it was touched */
+#define DMH_EV_PREFETCH 2       /* a page came in ahead of use */
+int64_t  dmh_drain(struct dmh_shared *s, struct dmh_event *out, uint64_t max);
+
+/* ---- userfaultfd and mappings ---- */
+
+#define DMH_UFFD_DEVICE 1       /* /dev/userfaultfd: kernel faults allowed */
+#define DMH_UFFD_SYSCALL 2      /* the system call: kernel faults allowed */
+#define DMH_UFFD_USER_ONLY 3    /* faults from user mode only */
+int      dmh_uffd_open(int *how, uint64_t *features);
+int      dmh_uffd_register(int uffd, void *base, uint64_t bytes);
+void    *dmh_map_region(int memfd, uint64_t bytes, uint64_t align, int writable, int follow_forks);
+int      dmh_unmap(void *base, uint64_t bytes);
+int      dmh_seal_mapping(void *base, uint64_t bytes);
+int      dmh_guard_mapping(void *base, uint64_t bytes);
+int      dmh_region_create(const char *name, uint64_t bytes);
+int      dmh_touch(void *base, uint64_t bytes, uint64_t step);
+
+/* A process's table of the mappings that can fault: applications' and its own. */
+struct dmh_ctx;
+struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_base, uint32_t worker);
+int      dmh_ctx_watch(struct dmh_ctx *c);
+int      dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, int pid, int own);
+int      dmh_view_remove(struct dmh_ctx *c, uint32_t id);
+void     dmh_interrupt(struct dmh_ctx *c);
+void     dmh_wake_pages(struct dmh_ctx *c, uint64_t page, uint64_t n);
+
+/* ---- monitor: receive ---- */
+
+struct dmh_fault { uint64_t page; uint32_t view; uint32_t thread; uint64_t ns; };
+int      dmh_receive(struct dmh_ctx *c, struct dmh_fault *out, int max, int timeout_ms, int spin_us);
+void     dmh_forget_dispatched(struct dmh_ctx *c);
+
+/* ---- resolver: claim, install ---- */
+
+/* One demand page and the window after it: claimed pages in the order of their numbers. */
+struct dmh_plan {
+    uint32_t n;                 /* pages claimed; page[0] is the demand page if demand is 1 */
+    uint32_t demand;
+    uint32_t view, thread;
+    uint64_t ns;                /* when the fault was received */
+    uint32_t stored_n;          /* of them, pages to fetch */
+    uint32_t room_wanted;       /* the demand page found no room */
+    uint32_t resume;            /* pages may be partly installed: finish them */
+    uint64_t page[1024];
+    uint64_t word[1024];        /* the claim: the word as this worker left it */
+    uint8_t  kind[1024];        /* DMH_NEW, DMH_STORED, DMH_STAGED: what it was */
+    uint64_t stored[1024];      /* page numbers to fetch */
+    uint8_t  found[1024];       /* filled in by the store: row i of the buffer holds stored[i] */
+    uint64_t lost[8];           /* out: pages that were found missing or altered */
+    uint8_t  lost_why[8];       /* DMH_LOST_... */
+    uint32_t lost_n;
+};
+#define DMH_LOST_MISSING 1
+#define DMH_LOST_ALTERED 2
+int      dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window);
+int      dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, uint32_t chunk);
+void     dmh_give_back(struct dmh_ctx *c, struct dmh_plan *p);
+int      dmh_poison(struct dmh_ctx *c, uint64_t page, uint64_t word);
+
+/* ---- evictor: capture ---- */
+
+#define DMH_OUT_SKIPPED 0       /* not resident (any more), pinned, or taken back */
+#define DMH_OUT_DIRTY 1         /* STAGED, to be written */
+#define DMH_OUT_CLEAN 2         /* the DMS has these bytes: STORED */
+#define DMH_OUT_ZERO 3          /* all zeros: NEW */
+#define DMH_OUT_LOST 4          /* POISONED: its memory was taken away behind dmh's back */
+int      dmh_pipe(int *fds, uint64_t wanted);
+int      dmh_pipe_bytes(int fd);
+int      dmh_probe_capture(uint64_t page_size);
+int      dmh_capture(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes, const uint64_t *pages, uint64_t n,
+                     const uint32_t *slots, uint8_t *outcome);
+int      dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint32_t *slots, uint8_t *outcome,
+                    uint64_t *sums, int keep);
+int      dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint32_t *slots, const uint64_t *sums,
+                         int keep);
+int      dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n);
+int      dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *busy);
+
+/* ---- page contents ---- */
+
+uint64_t dmh_hash(const uint8_t *p, uint64_t n);
+void     dmh_hash_pages(const uint8_t *p, uint64_t n, uint64_t page_size, uint64_t *out);
+int      dmh_is_zero(const uint8_t *p, uint64_t n);
+int      dmh_read_pages(int fd, const uint64_t *slots, uint64_t n, uint64_t page_size, uint8_t *out);
+int      dmh_write_pages(int fd, const uint64_t *slots, uint64_t n, uint64_t page_size, const uint8_t *data);
+int      dmh_punch_file(int fd, uint64_t offset, uint64_t bytes);
+
+/* ---- the application's guardian thread ---- */
+
+int      dmh_guardian_start(int socket_fd, int grace_ms, const char *message);
+void     dmh_guardian_stop(int handle);
+
+/* ---- measurements ---- */
+
+void     dmh_time_touch(uint8_t *base, const uint64_t *offsets, uint64_t n, int write, uint64_t *out_ns);
+uint64_t dmh_sum_words(const uint8_t *base, uint64_t bytes);
+int      dmh_floor_handler(int uffd, uint64_t base, uint64_t page_size, int stop_fd, int spin);
+int      dmh_pin_cpu(int cpu);

@@ -1,0 +1,224 @@
+/* A resolver's part of a fault: claim pages, and install what was fetched for them. */
+#include "internal.h"
+
+#include <signal.h>
+
+static void ring_at_high(struct dmh_shared *s)
+{
+    if (LOAD(&s->resident) + LOAD(&s->staged) > s->high) {
+        dmh_ring_bell(s);
+    }
+}
+
+static void add(struct dmh_plan *p, uint64_t page, uint64_t word, uint8_t kind)
+{
+    p->page[p->n] = page;
+    p->word[p->n] = word;
+    p->kind[p->n++] = kind;
+    if (kind == DMH_STORED)
+        p->stored[p->stored_n++] = page;
+}
+
+/* Claim one page that has no memory: FETCHING.  0: somebody else has it, or it needs nothing. */
+static int claim_one(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand)
+{
+    uint64_t w = LOAD(&c->words[page]);
+    for (;;) {
+        uint32_t state = word_state(w);
+        if (state != DMH_NEW && state != DMH_STORED && state != DMH_STAGED)
+            return 0;
+        if (state == DMH_STAGED && !demand)
+            return 0; /* already local; it is taken back when it is touched */
+        int32_t slot = word_slot(w);
+        /* On failure w is the word found: the evictor may have moved the page from STAGED to STORED meanwhile. */
+        if (move_word(c, page, &w, DMH_FETCHING, c->worker, slot)) {
+            add(p, page, w, (uint8_t)state);
+            return 1;
+        }
+    }
+}
+
+/* A fault on a page that is not to be claimed: wake, or raise what must be raised. */
+static void answer_unclaimed(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page)
+{
+    uint64_t w = LOAD(&c->words[page]);
+    if (word_state(w) == DMH_POISONED) {
+        dmh_poison(c, page, w); /* a process that joined later does not have the mark yet */
+    } else if (word_state(w) == DMH_RESIDENT) {
+        if (!page_is_present(c, page << c->s->page_shift, c->s->page_size) && LOAD(&c->words[page]) == w) {
+            /* Only madvise(MADV_REMOVE) or fallocate from outside dmh can do this: its content is gone. */
+            if (dmh_poison(c, page, w) == 0) {
+                dmh_release(c->s, 1);
+                count(c, DMH_C_POISONED, 1);
+                p->lost[p->lost_n] = page;
+                p->lost_why[p->lost_n++] = DMH_LOST_MISSING;
+            }
+        } else {
+            dmh_wake_pages(c, page, 1);
+        }
+    }
+}
+
+/*
+ * Claim the demand page and up to `window` pages after it, `stride` apart (demand 0: only the window, `page` being its first).
+ * Returns the number of pages claimed.  room_wanted is set when the demand page found the memory limit reached: wait, ask again.
+ */
+int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window)
+{
+    struct dmh_shared *s = c->s;
+    p->n = p->stored_n = p->demand = p->lost_n = p->room_wanted = 0;
+    if (page >= s->pages)
+        return -EINVAL;
+    if (window >= DMH_MAX_RUN)
+        window = DMH_MAX_RUN - 1;
+    uint32_t wanted = window + (demand ? 1 : 0);
+    uint64_t granted = dmh_reserve(s, wanted);
+    ring_at_high(s);
+    if (!granted) {
+        p->room_wanted = (uint32_t)demand;
+        return 0;
+    }
+    if (demand) {
+        if (!claim_one(c, p, page, 1)) {
+            dmh_release(s, granted);
+            answer_unclaimed(c, p, page);
+            return 0;
+        }
+        p->demand = 1;
+    }
+    int64_t next = (int64_t)page + (demand ? stride : 0);
+    for (uint32_t i = 0; i < window && p->n < granted; i++, next += stride) {
+        if (next < 0 || (uint64_t)next >= s->pages)
+            break;
+        claim_one(c, p, (uint64_t)next, 0);
+    }
+    if (p->n < granted)
+        dmh_release(s, granted - p->n);
+    return (int)p->n;
+}
+
+static int claimed_slot(const struct dmh_plan *p, uint32_t i) { return word_slot(p->word[i]); }
+
+/* How many claimed pages from i can go in one call: neighbours, of one kind, with neighbouring sources. */
+static uint32_t run_from(const struct dmh_plan *p, uint32_t i, uint32_t chunk)
+{
+    uint32_t k = 1;
+    while (i + k < p->n && k < chunk && p->page[i + k] == p->page[i] + k && p->kind[i + k] == p->kind[i] &&
+           (p->kind[i] != DMH_STAGED || claimed_slot(p, i + k) == claimed_slot(p, i) + (int)k))
+        k++;
+    return k;
+}
+
+/* Give up the claim of page i: it is again what it was. */
+static void give_back_one(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i)
+{
+    uint64_t w = p->word[i];
+    if (!move_word(c, p->page[i], &w, p->kind[i], 0, claimed_slot(p, i)))
+        dmh_die("page %llu: a claim was changed by somebody else", (unsigned long long)p->page[i]);
+    dmh_release(c->s, 1);
+    dmh_wake_pages(c, p->page[i], 1);
+}
+
+void dmh_give_back(struct dmh_ctx *c, struct dmh_plan *p)
+{
+    for (uint32_t i = 0; i < p->n; i++)
+        give_back_one(c, p, i);
+    p->n = 0;
+}
+
+static void lose(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint8_t why)
+{
+    if (p->lost_n < 8) {
+        p->lost[p->lost_n] = p->page[i];
+        p->lost_why[p->lost_n++] = why;
+    }
+    int r = dmh_poison(c, p->page[i], p->word[i]);
+    dmh_release(c->s, 1);
+    count(c, DMH_C_POISONED, 1);
+    if (r < 0) {
+        /* No UFFDIO_POISON here: better the whole process than one wrong byte. */
+        pthread_rwlock_rdlock(&c->lock);
+        struct view *v = find_view(c, p->view);
+        if (v)
+            kill(v->pid, SIGBUS);
+        pthread_rwlock_unlock(&c->lock);
+    }
+}
+
+/* RESIDENT, for a run whose content is in place; whoever waited on another view is woken after that. */
+static void publish(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint32_t k, struct view *through)
+{
+    for (uint32_t j = i; j < i + k; j++) {
+        uint64_t w = p->word[j];
+        int32_t slot = word_slot(w);
+        if (!move_word(c, p->page[j], &w, DMH_RESIDENT, 0, -1))
+            dmh_die("page %llu: a claim was changed by somebody else", (unsigned long long)p->page[j]);
+        if (slot >= 0)
+            dmh_free_slot(c->s, (uint32_t)slot);
+    }
+    wake_others(c, through, p->page[i], k);
+    int demand = p->demand && i == 0;
+    note_arrivals(c, p->page + i, k, demand ? (p->kind[i] == DMH_STAGED ? DMH_EV_SOFT : DMH_EV_FAULT) : DMH_EV_PREFETCH,
+                  DMH_EV_PREFETCH, p->thread);
+    if (demand) {
+        count(c, DMH_C_FAULTS, 1);
+        count(c, p->kind[i] == DMH_NEW ? DMH_C_ZERO : p->kind[i] == DMH_STAGED ? DMH_C_SOFT : DMH_C_HARD, 1);
+        note_latency(c, p->ns);
+    }
+    uint32_t ahead = k - (demand ? 1 : 0);
+    if (ahead) {
+        count(c, DMH_C_PREFETCHED, ahead);
+        if (p->kind[i] == DMH_NEW)
+            count(c, DMH_C_PREFETCHED_NEW, ahead);
+    }
+}
+
+/*
+ * Check and install every claimed page: zeros for new ones, the slot's content for staged ones, the buffer's rows for fetched
+ * ones (found[] says which rows are filled).  At most `chunk` pages in one call, so that the faulting thread starts early.
+ * Missing or altered pages are poisoned and listed in lost[].
+ */
+int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, uint32_t chunk)
+{
+    const uint64_t size = c->s->page_size;
+    uint32_t row = 0;
+    for (uint32_t i = 0, k; i < p->n; i += k) {
+        k = run_from(p, i, i == 0 && p->n > 8 ? 8 : chunk);
+        const uint8_t *from = NULL;
+        if (p->kind[i] == DMH_STAGED) {
+            from = c->slots_base + (uint64_t)claimed_slot(p, i) * size;
+        } else if (p->kind[i] == DMH_STORED) {
+            uint32_t good = 0;
+            for (; good < k; good++)
+                if (!p->found[row + good] || dmh_hash(buffer + (row + good) * size, size) != LOAD(&c->sums[p->page[i + good]]))
+                    break;
+            if (!good) {
+                lose(c, p, i, p->found[row] ? DMH_LOST_ALTERED : DMH_LOST_MISSING);
+                k = 1, row++;
+                continue;
+            }
+            k = good;
+            from = buffer + row * size;
+            row += k;
+            count(c, DMH_C_FETCHED_BYTES, k * size);
+        }
+        uint64_t offset = p->page[i] * size;
+        pthread_rwlock_rdlock(&c->lock);
+        struct view *v = find_view(c, p->view), *own = own_view(c);
+        if (!v)
+            v = own;
+        enum verdict r = fill(c, v, offset, k * size, from, p->resume);
+        if (r == V_GONE && v != own) {
+            /* The process that faulted is gone, but others may wait for the same page. */
+            v = own;
+            r = fill(c, v, offset, k * size, from, p->resume);
+        }
+        if (r == V_DONE)
+            publish(c, p, i, k, v);
+        pthread_rwlock_unlock(&c->lock);
+        if (r != V_DONE)
+            dmh_die("no memory for %u pages at page %llu although the limit allows them: lower memory.limit", k,
+                    (unsigned long long)p->page[i]);
+    }
+    return (int)p->lost_n;
+}

@@ -1,0 +1,280 @@
+/* The shared table (LSPT): layout, compare-and-swap, room, bell, slots, arrival rings. */
+#include "internal.h"
+
+#include <limits.h>
+#include <linux/futex.h>
+#include <stdarg.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+
+#define RING_ENTRIES 32768u
+
+struct ring {
+    uint64_t head;              /* written by the producer */
+    uint64_t pad0[7];
+    uint64_t tail;              /* written by the evictor */
+    uint64_t pad1[7];
+    uint32_t producer_lock;     /* a worker's threads take turns */
+    uint32_t pad2[15];
+    struct dmh_event entry[RING_ENTRIES];
+};
+
+void dmh_die(const char *format, ...)
+{
+    va_list a;
+    va_start(a, format);
+    fprintf(stderr, "dmh[%d]: fatal: ", (int)getpid());
+    vfprintf(stderr, format, a);
+    fprintf(stderr, "\n");
+    va_end(a);
+    abort();
+}
+
+static long futex(uint32_t *word, int op, uint32_t value, const struct timespec *timeout)
+{
+    return syscall(SYS_futex, word, op, value, timeout, NULL, 0);
+}
+
+static uint64_t align_up(uint64_t n, uint64_t to) { return (n + to - 1) & ~(to - 1); }
+
+int dmh_shared_create(uint64_t pages, uint64_t page_size, uint64_t slots, uint64_t workers)
+{
+    struct dmh_shared h;
+    memset(&h, 0, sizeof h);
+    if (workers > DMH_MAX_WORKERS || slots >= (1ull << DMH_SLOT_BITS) - 1)
+        return -EINVAL;
+    h.magic = DMH_MAGIC;
+    h.version = 1;
+    h.page_size = page_size;
+    h.page_shift = (uint64_t)__builtin_ctzll(page_size);
+    h.pages = pages;
+    h.slots = slots;
+    h.workers = workers;
+    h.ring_entries = RING_ENTRIES;
+    uint64_t at = align_up(sizeof h, 4096);
+    at += align_up(workers * sizeof(struct dmh_counters), 4096); /* counters follow the header */
+    h.journal_at = at, at = align_up(at + sizeof(struct dmh_journal), 4096);
+    h.words_at = at, at = align_up(at + pages * 8, 4096);
+    h.sums_at = at, at = align_up(at + pages * 8, 4096);
+    h.copies_at = at, at = align_up(at + pages, 4096);
+    h.pins_at = at, at = align_up(at + pages, 4096);
+    h.slots_at = at, at = align_up(at + slots * 4, 4096);
+    h.rings_at = at, at = align_up(at + workers * sizeof(struct ring), 4096);
+    h.bytes = at;
+    int fd = memfd_create("dmh-lspt", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return -errno;
+    if (ftruncate(fd, (off_t)at) < 0 || pwrite(fd, &h, sizeof h, 0) != (ssize_t)sizeof h) {
+        int e = errno;
+        close(fd);
+        return -e;
+    }
+    return fd;
+}
+
+struct dmh_shared *dmh_shared_map(int fd)
+{
+    struct dmh_shared h;
+    if (pread(fd, &h, sizeof h, 0) != (ssize_t)sizeof h || h.magic != DMH_MAGIC || h.version != 1)
+        return NULL;
+    void *p = mmap(NULL, h.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+void dmh_shared_unmap(struct dmh_shared *s) { munmap(s, s->bytes); }
+
+uint64_t *dmh_words(struct dmh_shared *s) { return (uint64_t *)((uint8_t *)s + s->words_at); }
+uint64_t *dmh_sums(struct dmh_shared *s) { return (uint64_t *)((uint8_t *)s + s->sums_at); }
+uint8_t *dmh_copies(struct dmh_shared *s) { return (uint8_t *)s + s->copies_at; }
+uint8_t *dmh_pins(struct dmh_shared *s) { return (uint8_t *)s + s->pins_at; }
+struct dmh_journal *dmh_journal_of(struct dmh_shared *s) { return (struct dmh_journal *)((uint8_t *)s + s->journal_at); }
+
+struct dmh_counters *dmh_counters_of(struct dmh_shared *s, uint32_t worker)
+{
+    return (struct dmh_counters *)((uint8_t *)s + align_up(sizeof *s, 4096)) + worker;
+}
+
+void dmh_count(struct dmh_shared *s, uint32_t worker, uint32_t counter, uint64_t n)
+{
+    ADD(&dmh_counters_of(s, worker)->cell[counter], n);
+}
+
+int dmh_move(struct dmh_shared *s, uint64_t page, uint64_t expected, uint32_t state, uint32_t worker, int32_t slot)
+{
+    uint64_t n = next_word(page, expected, state, worker, slot);
+    return CAS(&dmh_words(s)[page], &expected, n);
+}
+
+int64_t dmh_count_states(struct dmh_shared *s, uint64_t *out_by_state)
+{
+    uint64_t *words = dmh_words(s);
+    memset(out_by_state, 0, 16 * sizeof *out_by_state);
+    for (uint64_t p = 0; p < s->pages; p++)
+        out_by_state[word_state(LOAD(&words[p]))]++;
+    return (int64_t)s->pages;
+}
+
+uint64_t dmh_pages_in_state(struct dmh_shared *s, uint32_t state, uint64_t first, uint64_t end, uint64_t *out, uint64_t max)
+{
+    uint64_t *words = dmh_words(s), n = 0;
+    for (uint64_t p = first; p < end && n < max; p++)
+        if (word_state(LOAD(&words[p])) == state)
+            out[n++] = p;
+    return n;
+}
+
+/* A worker that died held these pages in FETCHING: put each back to where its content is.  Its partial installation, if
+ * any, must already have been taken out of the region.  The caller wakes everybody afterwards. */
+void dmh_reset_claims(struct dmh_shared *s, uint32_t worker)
+{
+    uint64_t *words = dmh_words(s);
+    uint8_t *copies = dmh_copies(s);
+    uint64_t n = 0;
+    for (uint64_t p = 0; p < s->pages; p++) {
+        uint64_t w = LOAD(&words[p]);
+        if (word_state(w) != DMH_FETCHING || word_worker(w) != worker)
+            continue;
+        int32_t slot = word_slot(w);
+        uint32_t back = slot >= 0 ? DMH_STAGED : copies[p] == DMH_COPY_VALID ? DMH_STORED : DMH_NEW;
+        if (dmh_move(s, p, w, back, 0, slot))
+            n++;
+    }
+    if (n)
+        dmh_release(s, n);
+}
+
+/* ---- room: pages of the region's memory that may still be filled ---- */
+
+/* Up to `wanted` pages of room; 0 when the hard limit is reached. */
+uint64_t dmh_reserve(struct dmh_shared *s, uint64_t wanted)
+{
+    uint64_t r = LOAD(&s->resident);
+    for (;;) {
+        uint64_t free = r >= s->resident_max ? 0 : s->resident_max - r;
+        uint64_t take = wanted < free ? wanted : free;
+        if (!take || CAS(&s->resident, &r, r + take))
+            return take;
+    }
+}
+
+void dmh_release(struct dmh_shared *s, uint64_t n)
+{
+    SUB(&s->resident, n);
+    if (LOAD(&s->room_waiters)) {
+        ADD(&s->room, 1);
+        futex(&s->room, FUTEX_WAKE, INT_MAX, NULL);
+    }
+}
+
+/* Wait until there may be room.  1: look again; 0: timed out or stopping. */
+int dmh_wait_room(struct dmh_shared *s, int timeout_ms)
+{
+    struct timespec t = { timeout_ms / 1000, (timeout_ms % 1000) * 1000000l };
+    ADD(&s->room_waiters, 1);
+    uint32_t seen = LOAD(&s->room);
+    int there = LOAD(&s->resident) < s->resident_max; /* room may have come before we were counted as waiting */
+    if (!there && !LOAD(&s->stop)) {
+        dmh_ring_bell(s);
+        there = futex(&s->room, FUTEX_WAIT, seen, &t) == 0 || errno == EAGAIN;
+    }
+    SUB(&s->room_waiters, 1);
+    return there;
+}
+
+void dmh_ring_bell(struct dmh_shared *s)
+{
+    ADD(&s->bell, 1);
+    futex(&s->bell, FUTEX_WAKE, 1, NULL);
+}
+
+int dmh_wait_bell(struct dmh_shared *s, uint32_t seen, int timeout_ms)
+{
+    struct timespec t = { timeout_ms / 1000, (timeout_ms % 1000) * 1000000l };
+    if (LOAD(&s->bell) == seen && !LOAD(&s->stop))
+        futex(&s->bell, FUTEX_WAIT, seen, &t);
+    return LOAD(&s->bell) != seen;
+}
+
+void dmh_stop(struct dmh_shared *s)
+{
+    STORE(&s->stop, 1);
+    ADD(&s->bell, 1);
+    ADD(&s->room, 1);
+    futex(&s->bell, FUTEX_WAKE, INT_MAX, NULL);
+    futex(&s->room, FUTEX_WAKE, INT_MAX, NULL);
+}
+
+/* ---- slots of the victim buffer: the evictor takes, whoever empties one frees ---- */
+
+int64_t dmh_take_slots(struct dmh_shared *s, uint32_t *out, uint64_t n, uint64_t from)
+{
+    uint32_t *flags = slot_flags(s);
+    uint64_t got = 0;
+    for (uint64_t i = 0; i < s->slots && got < n; i++) {
+        uint64_t k = (from + i) % s->slots;
+        if (LOAD(&flags[k]))
+            continue;
+        STORE(&flags[k], 1u);
+        out[got++] = (uint32_t)k;
+    }
+    ADD(&s->staged, got);
+    return (int64_t)got;
+}
+
+void dmh_free_slot(struct dmh_shared *s, uint32_t slot)
+{
+    STORE(&slot_flags(s)[slot], 0u);
+    SUB(&s->staged, 1);
+}
+
+/* ---- arrivals: what came in, told to the evictor's policy ---- */
+
+static struct ring *ring_of(struct dmh_shared *s, uint32_t worker)
+{
+    return (struct ring *)((uint8_t *)s + s->rings_at) + worker;
+}
+
+void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, uint32_t thread)
+{
+    struct dmh_shared *s = c->s;
+    struct ring *r = ring_of(s, c->worker);
+    uint64_t order = ADD(&s->clock, n);
+    uint64_t head = r->head, tail = LOAD(&r->tail);
+    if (head + n - tail > RING_ENTRIES) {
+        /* The evictor has fallen behind or is being restarted; it reads the table instead. */
+        STORE(&s->events_lost, 1u);
+        dmh_ring_bell(s);
+        return;
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        struct dmh_event *e = &r->entry[(head + i) % RING_ENTRIES];
+        e->order = order + i;
+        e->page = pages[i];
+        e->kind = i ? kind : first_kind;
+        e->thread = thread;
+    }
+    STORE(&r->head, head + n);
+    if (head - tail < RING_ENTRIES / 2 && head + n - tail >= RING_ENTRIES / 2)
+        dmh_ring_bell(s);
+}
+
+int64_t dmh_drain(struct dmh_shared *s, struct dmh_event *out, uint64_t max)
+{
+    uint64_t n = 0;
+    for (uint32_t w = 0; w < s->workers; w++) {
+        struct ring *r = ring_of(s, w);
+        uint64_t tail = r->tail, head = LOAD(&r->head);
+        while (tail != head && n < max)
+            out[n++] = r->entry[tail++ % RING_ENTRIES];
+        STORE(&r->tail, tail);
+    }
+    return (int64_t)n;
+}
+
+void note_latency(struct dmh_ctx *c, uint64_t since_ns)
+{
+    uint64_t d = now_ns() - since_ns;
+    uint32_t b = d ? 63u - (uint32_t)__builtin_clzll(d) : 0;
+    c->counters->fault_ns[b]++;
+}

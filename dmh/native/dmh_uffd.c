@@ -1,0 +1,358 @@
+/* userfaultfd: opening, the set-up of a mapping, the table of views, filling and waking. */
+#include "internal.h"
+
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/userfaultfd.h>
+#include <sched.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+/* Debian 12's headers are older than the kernels it runs on. */
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+#ifndef USERFAULTFD_IOC_NEW
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+#ifndef UFFD_FEATURE_POISON
+#define UFFD_FEATURE_POISON (1 << 14)
+#endif
+#ifndef SYS_mseal
+#define SYS_mseal 462
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
+struct poison_request { struct uffdio_range range; uint64_t mode; int64_t updated; };
+#define IOC_POISON _IOWR(UFFDIO, 0x08, struct poison_request)
+
+static int open_one(int *how)
+{
+    int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    if (device >= 0) {
+        int fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+        close(device);
+        if (fd >= 0)
+            return *how = DMH_UFFD_DEVICE, fd;
+    }
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (fd >= 0)
+        return *how = DMH_UFFD_SYSCALL, fd;
+    fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    if (fd >= 0)
+        return *how = DMH_UFFD_USER_ONLY, fd;
+    return -errno;
+}
+
+/* A userfaultfd of this process that can watch shared memory; *features: what the kernel offers. */
+int dmh_uffd_open(int *how, uint64_t *features)
+{
+    /* The first UFFDIO_API of a descriptor fixes its features, so asking what there is costs a descriptor. */
+    int fd = open_one(how);
+    if (fd < 0)
+        return fd;
+    struct uffdio_api api = { .api = UFFD_API };
+    int r = ioctl(fd, UFFDIO_API, &api);
+    int e = errno;
+    close(fd);
+    if (r < 0)
+        return -e;
+    *features = api.features;
+    uint64_t wanted = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_THREAD_ID;
+    if ((api.features & wanted) != wanted)
+        return -EOPNOTSUPP;
+    fd = open_one(how);
+    if (fd < 0)
+        return fd;
+    api = (struct uffdio_api){ .api = UFFD_API, .features = wanted | (api.features & UFFD_FEATURE_POISON) };
+    if (ioctl(fd, UFFDIO_API, &api) < 0) {
+        e = errno;
+        close(fd);
+        return -e;
+    }
+    return fd;
+}
+
+int dmh_uffd_register(int uffd, void *base, uint64_t bytes)
+{
+    struct uffdio_register r = { .range = { (uint64_t)(uintptr_t)base, bytes }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+    return ioctl(uffd, UFFDIO_REGISTER, &r) < 0 ? -errno : 0;
+}
+
+/*
+ * Map the region so that it is safe before it is touched: no huge pages (punching one destroys data), and not inherited by
+ * children, whose unregistered copy would make zeros for everybody.  NULL with errno set on failure.
+ */
+void *dmh_map_region(int memfd, uint64_t bytes, uint64_t align, int writable, int follow_forks)
+{
+    uint8_t *space = mmap(NULL, bytes + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED)
+        return NULL;
+    uint8_t *base = (uint8_t *)(((uintptr_t)space + align - 1) & ~(uintptr_t)(align - 1));
+    if (base > space)
+        munmap(space, (size_t)(base - space));
+    if (base + bytes < space + bytes + align)
+        munmap(base + bytes, (size_t)(space + align - base));
+    void *p = mmap(base, bytes, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED | MAP_FIXED | MAP_NORESERVE, memfd, 0);
+    if (p == MAP_FAILED || madvise(p, bytes, MADV_NOHUGEPAGE) < 0 || (!follow_forks && madvise(p, bytes, MADV_DONTFORK) < 0)) {
+        int e = errno;
+        /* A kernel built without transparent huge pages says EINVAL: then there is nothing to switch off. */
+        if (p != MAP_FAILED && e == EINVAL && madvise(p, bytes, MADV_DONTFORK) == 0)
+            return p;
+        munmap(base, bytes);
+        errno = e;
+        return NULL;
+    }
+    return p;
+}
+
+int dmh_unmap(void *base, uint64_t bytes) { return munmap(base, bytes) < 0 ? -errno : 0; }
+
+int dmh_seal_mapping(void *base, uint64_t bytes) { return syscall(SYS_mseal, base, bytes, 0ul) < 0 ? -errno : 0; }
+
+/* Replace the mapping by one that cannot be touched: a stale array gets SIGSEGV, never zeros. */
+int dmh_guard_mapping(void *base, uint64_t bytes)
+{
+    void *p = mmap(base, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? -errno : 0;
+}
+
+int dmh_region_create(const char *name, uint64_t bytes)
+{
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return -errno;
+    if (ftruncate(fd, (off_t)bytes) < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
+        int e = errno;
+        close(fd);
+        return -e;
+    }
+    return fd;
+}
+
+/* ---- the table of views ---- */
+
+struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_base, uint32_t worker)
+{
+    struct dmh_ctx *c = calloc(1, sizeof *c);
+    if (!c)
+        return NULL;
+    pthread_rwlockattr_t attr;
+    pthread_rwlockattr_init(&attr);
+    /* A view must be able to join or leave under a load of readers. */
+    pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&c->lock, &attr);
+    c->s = s;
+    c->words = dmh_words(s);
+    c->sums = dmh_sums(s);
+    c->copies = dmh_copies(s);
+    c->pins = dmh_pins(s);
+    c->counters = dmh_counters_of(s, worker);
+    c->region_fd = region_fd;
+    c->slots_base = slots_base;
+    c->worker = worker;
+    c->epoll_fd = c->event_fd = -1;
+    return c;
+}
+
+/* Monitor: the views added from now on are read by dmh_receive. */
+int dmh_ctx_watch(struct dmh_ctx *c)
+{
+    c->seen = calloc(c->s->pages, sizeof *c->seen);
+    c->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    c->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (!c->seen || c->epoll_fd < 0 || c->event_fd < 0)
+        return -errno;
+    struct epoll_event e = { .events = EPOLLIN, .data.u32 = 0 };
+    return epoll_ctl(c->epoll_fd, EPOLL_CTL_ADD, c->event_fd, &e) < 0 ? -errno : 0;
+}
+
+void dmh_interrupt(struct dmh_ctx *c)
+{
+    uint64_t one = 1;
+    if (write(c->event_fd, &one, 8) < 0) {
+        /* The counter is full: the wake-up is already pending. */
+    }
+}
+
+int dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, int pid, int own)
+{
+    int r = 0;
+    pthread_rwlock_wrlock(&c->lock);
+    if (c->nviews == DMH_MAX_VIEWS)
+        r = -ENOSPC;
+    if (!r && c->epoll_fd >= 0 && !own) {
+        struct epoll_event e = { .events = EPOLLIN, .data.u32 = id };
+        r = epoll_ctl(c->epoll_fd, EPOLL_CTL_ADD, uffd, &e) < 0 ? -errno : 0;
+    }
+    if (!r)
+        c->views[c->nviews++] = (struct view){ .id = id, .uffd = uffd, .pid = pid, .own = own, .base = base };
+    pthread_rwlock_unlock(&c->lock);
+    return r;
+}
+
+int dmh_view_remove(struct dmh_ctx *c, uint32_t id)
+{
+    int r = -ENOENT;
+    pthread_rwlock_wrlock(&c->lock);
+    for (uint32_t i = 0; i < c->nviews; i++)
+        if (c->views[i].id == id) {
+            if (c->epoll_fd >= 0)
+                epoll_ctl(c->epoll_fd, EPOLL_CTL_DEL, c->views[i].uffd, NULL);
+            close(c->views[i].uffd);
+            c->views[i] = c->views[--c->nviews];
+            r = 0;
+            break;
+        }
+    pthread_rwlock_unlock(&c->lock);
+    return r;
+}
+
+struct view *find_view(struct dmh_ctx *c, uint32_t id)
+{
+    for (uint32_t i = 0; i < c->nviews; i++)
+        if (c->views[i].id == id)
+            return &c->views[i];
+    return NULL;
+}
+
+struct view *own_view(struct dmh_ctx *c)
+{
+    for (uint32_t i = 0; i < c->nviews; i++)
+        if (c->views[i].own)
+            return &c->views[i];
+    return NULL;
+}
+
+/* ---- filling and waking ---- */
+
+enum verdict uffd_verdict(int error)
+{
+    switch (error) {
+    case 0: return V_DONE;
+    case EAGAIN: return V_RETRY;            /* the address space is changing, or the call was partial */
+    case EEXIST: return V_EXISTS;
+    case ENOENT: case ESRCH: return V_GONE; /* no such mapping any more; no such process any more */
+    case ENOMEM: return V_NOMEM;
+    default: return V_BAD;
+    }
+}
+
+/*
+ * Put content (NULL: zeros) at offset of a view, for pages whose claim the caller holds.  A page that is there already was made
+ * by somebody who touched the region through a mapping of his own (then it is zeros, and goes), or, with `resume`, is what a
+ * worker had installed before it died (then the application may have written to it, and it stays).
+ */
+enum verdict fill(struct dmh_ctx *c, struct view *v, uint64_t offset, uint64_t bytes, const uint8_t *from, int resume)
+{
+    uint64_t done = 0;
+    int memory_retries = 0, existed = 0;
+    while (done < bytes) {
+        int64_t moved;
+        int r;
+        if (from) {
+            struct uffdio_copy k = { .dst = v->base + offset + done, .src = (uint64_t)(uintptr_t)from + done, .len = bytes - done };
+            r = ioctl(v->uffd, UFFDIO_COPY, &k);
+            moved = k.copy;
+        } else {
+            struct uffdio_zeropage k = { .range = { v->base + offset + done, bytes - done } };
+            r = ioctl(v->uffd, UFFDIO_ZEROPAGE, &k);
+            moved = k.zeropage;
+        }
+        int error = r < 0 ? errno : 0;
+        if (error && moved > 0)
+            done += (uint64_t)moved; /* a partial call; the field holds -errno where nothing moved */
+        else if (!error)
+            done = bytes;
+        if (done >= bytes)
+            break;
+        switch (uffd_verdict(error)) {
+        case V_RETRY:
+            if (moved <= 0)
+                sched_yield();
+            continue;
+        case V_EXISTS:
+            if (resume) {
+                existed = 1;
+                done += DMH_KERNEL_PAGE;
+            } else if (punch(c, offset + done, DMH_KERNEL_PAGE) < 0) {
+                dmh_die("cannot remove a page that a foreign mapping made: %s", strerror(errno));
+            } else {
+                count(c, DMH_C_INTRUDED, 1);
+            }
+            continue;
+        case V_NOMEM:
+            if (memory_retries++ < 1000) {
+                usleep(1000);
+                continue;
+            }
+            return V_NOMEM;
+        case V_GONE: return V_GONE;
+        default:
+            dmh_die("%s of %llu bytes at offset %llu failed: %s", from ? "UFFDIO_COPY" : "UFFDIO_ZEROPAGE",
+                    (unsigned long long)bytes, (unsigned long long)offset, strerror(error));
+        }
+    }
+    if (existed)
+        wake_view(v, offset, bytes); /* EEXIST does not wake */
+    return V_DONE;
+}
+
+void wake_view(struct view *v, uint64_t offset, uint64_t bytes)
+{
+    struct uffdio_range r = { v->base + offset, bytes };
+    /* It fails only where the process or the mapping is gone: then nobody waits there. */
+    ioctl(v->uffd, UFFDIO_WAKE, &r);
+}
+
+void wake_others(struct dmh_ctx *c, struct view *except, uint64_t page, uint64_t n)
+{
+    for (uint32_t i = 0; i < c->nviews; i++)
+        if (&c->views[i] != except && !c->views[i].own)
+            wake_view(&c->views[i], page << c->s->page_shift, n << c->s->page_shift);
+}
+
+void dmh_wake_pages(struct dmh_ctx *c, uint64_t page, uint64_t n)
+{
+    pthread_rwlock_rdlock(&c->lock);
+    wake_others(c, NULL, page, n);
+    pthread_rwlock_unlock(&c->lock);
+}
+
+int punch(struct dmh_ctx *c, uint64_t offset, uint64_t bytes)
+{
+    return fallocate(c->region_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes);
+}
+
+int page_is_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes)
+{
+    off_t hole = lseek(c->region_fd, (off_t)offset, SEEK_HOLE);
+    return hole >= 0 && (uint64_t)hole >= offset + bytes;
+}
+
+/* Access to the page raises SIGBUS from now on, in every process.  The caller holds the claim `word`. */
+int dmh_poison(struct dmh_ctx *c, uint64_t page, uint64_t word)
+{
+    int r = 0;
+    uint64_t offset = page << c->s->page_shift, bytes = c->s->page_size;
+    if (word_state(word) == DMH_FETCHING || word_state(word) == DMH_RESIDENT || word_state(word) == DMH_EVICTING)
+        if (!move_word(c, page, &word, DMH_POISONED, 0, -1))
+            return -ESTALE;
+    pthread_rwlock_rdlock(&c->lock);
+    for (uint32_t i = 0; i < c->nviews; i++) {
+        struct view *v = &c->views[i];
+        struct poison_request k = { .range = { v->base + offset, bytes } };
+        if (v->own)
+            continue;
+        if (ioctl(v->uffd, IOC_POISON, &k) < 0 && errno != EEXIST && errno != ENOENT && errno != ESRCH)
+            r = -errno;
+        wake_view(v, offset, bytes);
+    }
+    pthread_rwlock_unlock(&c->lock);
+    return r;
+}

@@ -1,0 +1,113 @@
+/* What the C files share: the interface, atomics, the table of views.  Not seen by cffi. */
+#ifndef DMH_INTERNAL_H
+#define DMH_INTERNAL_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "api.h"
+#include "generated.h" /* by build.py: states, transitions, counters */
+
+#define DMH_KERNEL_PAGE 4096u
+#define DMH_MAGIC 0x3130545053484d44ull /* "DMHSPT01" */
+
+#define LOAD(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+#define STORE(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+#define ADD(p, v) __atomic_fetch_add((p), (v), __ATOMIC_ACQ_REL)
+#define SUB(p, v) __atomic_fetch_sub((p), (v), __ATOMIC_ACQ_REL)
+#define CAS(p, expected, v) \
+    __atomic_compare_exchange_n((p), (expected), (v), 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+
+static inline uint32_t word_state(uint64_t w) { return w & ((1u << DMH_STATE_BITS) - 1); }
+static inline uint32_t word_worker(uint64_t w) { return (w >> DMH_WORKER_SHIFT) & ((1u << DMH_WORKER_BITS) - 1); }
+/* -1 where the word names no slot */
+static inline int32_t word_slot(uint64_t w) { return (int32_t)((w >> DMH_SLOT_SHIFT) & ((1u << DMH_SLOT_BITS) - 1)) - 1; }
+static inline uint32_t word_generation(uint64_t w) { return (uint32_t)(w >> DMH_GENERATION_SHIFT); }
+
+static inline uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+/* A mapping that can fault: an application's, or this process's own view of the region. */
+struct view {
+    uint32_t id;
+    int uffd;
+    int pid;
+    int own;
+    uint64_t base;
+};
+
+struct dmh_ctx {
+    struct dmh_shared *s;
+    uint64_t *words, *sums;
+    uint8_t *copies, *pins;
+    struct dmh_counters *counters;
+    int region_fd;
+    uint8_t *slots_base;
+    uint32_t worker;
+    pthread_rwlock_t lock;      /* views[] and their descriptors: read-held over every use of one */
+    uint32_t nviews;
+    struct view views[DMH_MAX_VIEWS];
+    /* monitor only */
+    int epoll_fd, event_fd;
+    uint32_t *seen;             /* per page: generation of the word that was last dispatched, plus one */
+};
+
+void dmh_die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
+static inline uint32_t *slot_flags(struct dmh_shared *s) { return (uint32_t *)((uint8_t *)s + s->slots_at); }
+
+/* The word that follows w: its new state, and a generation nobody has seen. */
+static inline uint64_t next_word(uint64_t page, uint64_t w, uint32_t state, uint32_t worker, int32_t slot)
+{
+    if (!(dmh_legal[word_state(w)] & (1u << state)))
+        dmh_die("page %llu cannot go from %s to %s: this is a defect in dmh", (unsigned long long)page,
+                dmh_state_name[word_state(w)], dmh_state_name[state]);
+    return (uint64_t)state | (uint64_t)worker << DMH_WORKER_SHIFT | (uint64_t)(uint32_t)(slot + 1) << DMH_SLOT_SHIFT |
+           (uint64_t)(word_generation(w) + 1) << DMH_GENERATION_SHIFT;
+}
+
+/* Compare-and-swap one page's word; on success *w is the new word, on failure the one found. */
+static inline int move_word(struct dmh_ctx *c, uint64_t page, uint64_t *w, uint32_t state, uint32_t worker, int32_t slot)
+{
+    uint64_t n = next_word(page, *w, state, worker, slot);
+    if (!CAS(&c->words[page], w, n))
+        return 0;
+    *w = n;
+    return 1;
+}
+
+/* Counters have one writer each: this worker.  Its threads may race and lose a count, never more. */
+static inline void count(struct dmh_ctx *c, uint32_t counter, uint64_t n)
+{
+    __atomic_store_n(&c->counters->cell[counter],
+                     __atomic_load_n(&c->counters->cell[counter], __ATOMIC_RELAXED) + n, __ATOMIC_RELAXED);
+}
+
+void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, uint32_t thread);
+void note_latency(struct dmh_ctx *c, uint64_t since_ns);
+
+/* What an ioctl's errno means; nobody else interprets it. */
+enum verdict { V_DONE, V_RETRY, V_EXISTS, V_GONE, V_NOMEM, V_BAD };
+enum verdict uffd_verdict(int error);
+enum verdict fill(struct dmh_ctx *c, struct view *v, uint64_t offset, uint64_t bytes, const uint8_t *from, int resume);
+int punch(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
+void wake_view(struct view *v, uint64_t offset, uint64_t bytes);
+/* The caller holds the lock. */
+struct view *find_view(struct dmh_ctx *c, uint32_t id);
+struct view *own_view(struct dmh_ctx *c);
+void wake_others(struct dmh_ctx *c, struct view *except, uint64_t page, uint64_t n);
+int page_is_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
+
+#endif

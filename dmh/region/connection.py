@@ -1,0 +1,128 @@
+"""An application's connection to a service: finding it, speaking to it, and starting one of its own.
+
+Owns the control socket's client end and, for `dmh.open`, the launcher process behind it.  Does not own the mapping (`dmh.region.region`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from dmh import errors
+from dmh.config import Config
+from dmh.errors import DmhError, ServiceError
+from dmh.service.channel import Channel, Message
+from dmh.service.clients import PROTOCOL
+from dmh.service.paths import SOCKET_VARIABLE, control_socket, running_services, service_directory
+
+START_SECONDS = 90.0
+
+
+def find_socket(name: str | None) -> Path:
+    """The control socket of the service `name`, or, without a name, of the one this program runs under."""
+    if name is None:
+        if SOCKET_VARIABLE in os.environ:
+            return Path(os.environ[SOCKET_VARIABLE])
+        running = running_services()
+        if len(running) == 1:
+            return control_socket(service_directory(running[0]))
+        what = f"several services are running ({', '.join(running)}): name one" if running else "no service is running"
+        raise ServiceError(
+            f"there is no service to join: {SOCKET_VARIABLE} is not set, and {what}.  Start the program with `dmh run -c FILE -- ...`, or a service "
+            "with `dmh serve -c FILE`, or use dmh.open(FILE)"
+        )
+    return control_socket(service_directory(name))
+
+
+def connect(path: Path) -> Channel:
+    """A connection to the service at a control socket."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.connect(str(path))
+    except OSError as error:
+        sock.close()
+        raise ServiceError(
+            f"no service answers at {path} ({error.strerror}): it has ended, or has another name; `dmh stats` lists those that run"
+        ) from error
+    return Channel(sock)
+
+
+class Connection:
+    """A channel that several threads may use: one request at a time, errors raised as what they were."""
+
+    def __init__(self, channel: Channel, launcher: subprocess.Popen[bytes] | None = None) -> None:
+        self.channel = channel
+        self._launcher = launcher
+        self._lock = threading.Lock()
+
+    def request(self, message: Message, descriptors: tuple[int, ...] = ()) -> tuple[Message, list[int]]:
+        """Ask and wait; raises the error that the answer carries."""
+        with self._lock:
+            answer, received = self.channel.request(message, descriptors)
+        if "error" in answer:
+            kind = getattr(errors, str(answer.get("kind")), ServiceError)
+            raise (kind if isinstance(kind, type) and issubclass(kind, DmhError) else ServiceError)(answer["error"])
+        return answer, received
+
+    def tell(self, message: Message) -> bool:
+        """Send something that has no answer, unless another thread is in a request: then False, try later."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self.channel.send(message)
+        finally:
+            self._lock.release()
+        return True
+
+    def close(self) -> None:
+        """Hang up; a launcher that was started for this connection ends, and is waited for."""
+        self.channel.close()
+        if self._launcher is not None:
+            self._launcher.wait()
+
+
+def start_service(config: Config) -> Connection:
+    """A service of this process's own: a launcher process that ends with the connection."""
+    ready_read, ready_write = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dmh.service", "--ready-fd", str(ready_write), "--parent", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            pass_fds=[ready_write],
+            start_new_session=True,  # a terminal's Ctrl-C is for the program; the service ends with it
+        )
+    finally:
+        os.close(ready_write)
+    assert process.stdin is not None
+    with process.stdin as settings, open(ready_read, "rb") as ready:
+        settings.write(config.to_wire().encode())
+        settings.close()
+        line = ready.readline().decode()
+    if not line.startswith("ready "):
+        process.wait()
+        kind, _, text = line.partition(" ")
+        raise getattr(errors, kind, ServiceError)(text.strip().replace("\x1f", "\n") or "the service ended while it was starting; see its message above")
+    return Connection(connect(Path(line[6:].rstrip("\n"))), process)
+
+
+def stop_service(name: str | None) -> None:
+    """Tell a running service to stop, and wait until it has."""
+    channel = connect(find_socket(name))
+    channel.request({"op": "stop"})
+    channel.close()
+
+
+def service_stats(name: str | None) -> dict[str, Any]:
+    """The figures of a running service."""
+    channel = connect(find_socket(name))
+    try:
+        answer, _ = channel.request({"op": "stats"})
+    finally:
+        channel.close()
+    stats: dict[str, Any] = answer["stats"]
+    return stats

@@ -1,0 +1,347 @@
+"""`Region`: memory that is larger than its limit, as NumPy arrays.
+
+Owns arrays and the calls a program makes about them.  Does not own the mapping (`dmh.region.mapping`) nor the way to the service
+(`dmh.region.connection`).  None of this code runs while a page fault is resolved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmh.config import Config, load
+from dmh.errors import RegionError
+from dmh.native import ffi, lib
+from dmh.observe.report import Snapshot
+from dmh.region.connection import Connection, connect, find_socket, start_service
+from dmh.region.mapping import Mapping
+from dmh.service.clients import PROTOCOL
+
+Shape = int | Sequence[int]
+Array = npt.NDArray[Any]
+
+
+class _Block:
+    """Memory of one array: what NumPy keeps alive as the base of every view, so that its end is the end of the last view."""
+
+    __slots__ = ("__array_interface__", "__weakref__", "region")
+
+    def __init__(self, region: Region, offset: int, size: int) -> None:
+        self.region = region
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (region._mapping.base + offset, False),
+        }
+
+
+class Region:
+    """A region of memory, mapped by this process.  Made by `dmh.open` or `dmh.attach`, not directly.
+
+    A context manager: leaving it closes the region.  Safe to use from several threads.
+
+    Attributes:
+        name: of the service.
+        size: bytes.
+        page_size: bytes a page; an array occupies whole pages.
+    """
+
+    def __init__(self, connection: Connection, *, owner: bool = False) -> None:
+        self._connection = connection
+        description, descriptors = connection.request({"op": "hello", "version": PROTOCOL, "owner": owner})
+        self.name = str(description["name"])
+        self.size = int(description["size"])
+        self.page_size = int(description["page_size"])
+        (region_fd,) = descriptors
+        try:
+            self._mapping = Mapping(region_fd, self.size, self.page_size, seal=bool(description["seal"]))
+        finally:
+            os.close(region_fd)
+        # Watched from before the first fault: a service that dies later leaves this process frozen otherwise.
+        self._mapping.guard(connection, float(description["grace"]), self.name)
+        connection.request({"op": "register", "base": self._mapping.base}, (self._mapping.uffd,))
+        self._pid = os.getpid()
+        self._closed = False
+        self._close_lock = threading.Lock()
+        self._freed: deque[int] = deque()
+        self._finalizer = weakref.finalize(self, _disconnect, connection, self._mapping, os.getpid())
+
+    # ---- arrays
+
+    @property
+    def buf(self) -> memoryview:
+        """The whole region as writable bytes, shape (size,).  Shared with arrays: whoever uses both keeps them apart."""
+        self._check_open()
+        return self._mapping.buffer(0, self.size)
+
+    def empty(self, shape: Shape, dtype: npt.DTypeLike = float) -> Array:
+        """A new array in the region.
+
+        Its pages are new, so it holds zeros, at no cost until they are touched.  The pages go back to the region and out of the store
+        when the array and every view of it are gone.
+
+        Args:
+            shape: as for `numpy.empty`.
+            dtype: any type without Python objects.
+
+        Raises:
+            RegionError: no run of free pages is long enough, the type holds objects, or the region is closed.
+
+        Example:
+            >>> a = region.empty((1000, 1000), "f4")        # doctest: +SKIP
+        """
+        kind = np.dtype(dtype)
+        if kind.hasobject:
+            raise RegionError(
+                f"an array of {kind} holds pointers to Python objects, and those cannot be paged out; use a type of fixed size"
+            )
+        dimensions = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
+        if any(n < 0 for n in dimensions):
+            raise RegionError(f"shape {dimensions} has a negative dimension")
+        size = math.prod(dimensions) * kind.itemsize
+        if not size:
+            return np.empty(dimensions, kind)
+        count = -(-size // self.page_size)
+        self._check_open()
+        self._send_freed()
+        answer, _ = self._connection.request({"op": "allocate", "count": count})
+        first = int(answer["first"])
+        block = _Block(self, first * self.page_size, size)
+        weakref.finalize(block, _free, weakref.ref(self), first).atexit = False
+        return np.asarray(block).view(kind).reshape(dimensions)
+
+    def zeros(self, shape: Shape, dtype: npt.DTypeLike = float) -> Array:
+        """A new array of zeros; see `empty`, which gives the same here."""
+        return self.empty(shape, dtype)
+
+    def ndarray(self, shape: Shape, dtype: npt.DTypeLike = float, offset: int = 0) -> Array:
+        """An array over the bytes at a given place, as for sharing with another process: no copy, nothing freed.
+
+        Args:
+            shape: as for `numpy.ndarray`.
+            dtype: any type without Python objects.
+            offset: bytes from the region's start; see `offset_of`.
+
+        Raises:
+            RegionError: the bytes are not all within the region.
+        """
+        kind = np.dtype(dtype)
+        if kind.hasobject:
+            raise RegionError(f"an array of {kind} holds pointers to Python objects, and those cannot be paged out")
+        dimensions = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
+        size = math.prod(dimensions) * kind.itemsize
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise RegionError(f"{size} bytes at offset {offset} are not all within the region of {self.size} bytes")
+        self._check_open()
+        if not size:
+            return np.empty(dimensions, kind)
+        first = offset // self.page_size
+        count = -(-(offset + size) // self.page_size) - first
+        # `empty` must not hand these pages out afterwards.
+        self._connection.request({"op": "take", "first": first, "count": count})
+        return np.asarray(_Block(self, offset, size)).view(kind).reshape(dimensions)
+
+    def offset_of(self, array: Array) -> int:
+        """Where an array's first byte lies in the region, for `ndarray` in another process."""
+        low, _ = self._bounds(array)
+        return low
+
+    # ---- what a program may say about its arrays
+
+    def flush(self, array: Array | None = None) -> None:
+        """Return when the store has every page of the array (of the whole region without one), as durable as it can make them.
+
+        The pages stay resident.  Pinned pages are left out.
+
+        Raises:
+            RegionError: the store did not take every page.
+        """
+        self._ask("flush", array)
+
+    def evict(self, array: Array | None = None) -> None:
+        """Move an array's pages (the whole region's without one) out of local memory now; they come back when they are touched."""
+        self._ask("evict", array)
+
+    def prefetch(self, array: Array) -> None:
+        """Start bringing an array's pages in, and return at once.  A hint: what finds no room is left out."""
+        self._ask("prefetch", array)
+
+    def discard(self, array: Array) -> None:
+        """The array's content is not needed any more: it reads as zeros, and its pages cost nothing until they are touched again.
+
+        Raises:
+            RegionError: the array is not contiguous, so its pages hold others' elements too.
+        """
+        low, high = self._bounds(array)
+        if not array.flags.forc:
+            raise RegionError("discard needs a contiguous array: the pages of this one hold elements of others too")
+        first, end = -(-low // self.page_size), high // self.page_size
+        if first >= end:
+            self._zero(low, high)
+            return
+        self._zero(low, first * self.page_size)
+        self._zero(end * self.page_size, high)
+        self._connection.request({"op": "discard", "first": first, "count": end - first})
+
+    def _zero(self, low: int, high: int) -> None:
+        if low < high:
+            np.asarray(_Block(self, low, high - low))[:] = 0
+
+    @contextlib.contextmanager
+    def pin(self, array: Array) -> Iterator[Array]:
+        """Keep an array resident inside the ``with`` block.
+
+        Needed where something outside the processor writes to its memory: O_DIRECT reads, registered io_uring buffers, RDMA.  Ordinary
+        code and ordinary system calls do not need it.
+
+        Raises:
+            RegionError: too little of memory.limit would be left to page with.
+
+        Example:
+            >>> with region.pin(a):                           # doctest: +SKIP
+            ...     os.preadv(direct, [a], 0)
+        """
+        first, count = self._pages(array)
+        self._connection.request({"op": "pin", "first": first, "count": count})
+        try:
+            lib.dmh_touch(self._mapping.pointer(first * self.page_size), count * self.page_size, self.page_size)
+            yield array
+        finally:
+            if not self._closed:
+                self._connection.request({"op": "unpin", "first": first, "count": count})
+
+    def stats(self) -> Snapshot:
+        """The service's figures of this moment: see `dmh.observe.report.Snapshot`."""
+        self._check_open()
+        answer, _ = self._connection.request({"op": "stats"})
+        return Snapshot.from_wire(answer["stats"])
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Let go of the region; a service of its own (`dmh.open`) ends.  Arrays in it must not be touched afterwards: that is SIGSEGV.
+
+        Closing twice is harmless.
+        """
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+        if os.getpid() == self._pid:
+            self._finalizer()
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"at {self._mapping.base:#x}"
+        return f"<dmh.Region {self.name!r}: {self.size / 2**30:g} GiB in pages of {self.page_size // 1024} KiB, {state}>"
+
+    # ---- inside
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RegionError("the region is closed", region=self.name)
+        if os.getpid() != self._pid:
+            raise RegionError(
+                "a forked child does not inherit the region: call dmh.attach() in it, or start it with the spawn method", region=self.name
+            )
+
+    def _bounds(self, array: Array) -> tuple[int, int]:
+        low, high = np.lib.array_utils.byte_bounds(array)
+        low, high = low - self._mapping.base, high - self._mapping.base
+        if low < 0 or high > self.size:
+            raise RegionError("this array does not lie in the region")
+        return int(low), int(high)
+
+    def _pages(self, array: Array) -> tuple[int, int]:
+        self._check_open()
+        low, high = self._bounds(array)
+        first = low // self.page_size
+        return first, -(-high // self.page_size) - first
+
+    def _ask(self, operation: str, array: Array | None) -> None:
+        self._check_open()
+        first, count = (0, self.size // self.page_size) if array is None else self._pages(array)
+        if count:
+            self._connection.request({"op": operation, "first": first, "count": count})
+
+    def _send_freed(self) -> None:
+        """Give back the pages of arrays that are gone.  Called with no lock held, and from the garbage collector at any moment."""
+        while self._freed:
+            first = self._freed.popleft()
+            try:
+                if not self._connection.tell({"op": "free", "first": first}):
+                    self._freed.append(first)
+                    return
+            except Exception:  # the service is gone, and the pages with it
+                return
+
+
+def _free(region: weakref.ref[Region], first: int) -> None:
+    alive = region()
+    if alive is not None and not alive._closed and os.getpid() == alive._pid:
+        alive._freed.append(first)
+        alive._send_freed()
+
+
+def _disconnect(connection: Connection, mapping: Mapping, pid: int) -> None:
+    """The last things a region does, on close, on collection or at the interpreter's end."""
+    if os.getpid() != pid:
+        return
+    mapping.close()
+    with contextlib.suppress(Exception):
+        connection.request({"op": "detach"})
+    mapping.unguard()
+    connection.close()
+
+
+def open_region(config: str | os.PathLike[str] | Config, *, overrides: Sequence[str] = ()) -> Region:
+    """Start a service of this program's own and map its region; the service ends when the region is closed or the program ends.
+
+    Args:
+        config: a YAML file, or a `dmh.Config`.
+        overrides: settings that replace the file's, each ``"section.key=value"``.
+
+    Raises:
+        ConfigError: the configuration cannot be used; every problem is listed with its place.
+        KernelError: this kernel or this user lacks something.
+        StoreError: the store cannot be reached or used.
+        ServiceError: the service could not be started.
+
+    Example:
+        >>> with dmh.open("configs/quickstart.yaml") as region:      # doctest: +SKIP
+        ...     a = region.zeros((20_000, 20_000), dtype="f8")
+    """
+    settings = config if isinstance(config, Config) else load(config, overrides)
+    return Region(start_service(settings), owner=True)
+
+
+def attach(name: str | None = None) -> Region:
+    """Map the region of a service that is running.
+
+    Args:
+        name: of the service (`region.name`).  Without one: the service this program was started under (`dmh run` sets DMH_SOCKET), or the only
+            one that runs.
+
+    Raises:
+        ServiceError: no such service.
+        KernelError: this process may not use userfaultfd.
+    """
+    return Region(Connection(connect(find_socket(name))))
+
+
+__all__ = ["Region", "attach", "ffi", "open_region"]

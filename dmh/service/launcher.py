@@ -1,0 +1,336 @@
+"""The launcher: builds a service from a configuration, runs its event loop, and takes everything down again.
+
+Owns the region's and the table's memory (memfds), the capture pipe, the service directory, the store's preparation and removal, and the
+selector loop.  Does not own what programs ask (`dmh.service.clients`), the workers' processes (`dmh.service.pool`), nor faults: none of
+them passes through here.  Used by `dmh run`, `dmh serve` and, as a process of its own, by `dmh.open`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dmh.config import Config, Limits, without_password
+from dmh.errors import DmhError, KernelError, ServiceError
+from dmh.lspt.table import Bounds, Table
+from dmh.native import check, ffi, lib
+from dmh.observe.report import Snapshot
+from dmh.region.extents import Extents
+from dmh.service.channel import Channel, Message
+from dmh.service.clients import Client, Clients
+from dmh.service.paths import ServiceDirectory, control_socket
+from dmh.service.pool import Pool, WorkerProcess
+from dmh.service.worker import Setup
+from dmh.store.base import StoreSpec
+from dmh.store.registry import spec_to_wire, store_class
+
+log = logging.getLogger("dmh")
+
+GRACE_SECONDS = 5.0
+"""How long a program waits, frozen, for a service that is gone before it is ended."""
+PIPE_BYTES = 1 << 20
+
+
+class Launcher:
+    """One service.  `start`, then `run` until something stops it, then `close`; as a context manager it always closes."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.limits = Limits.of(config)
+        self.name = config.region.name
+        self.region_fd = -1
+        self.pool: Pool
+        self.table: Table
+        self.extents = Extents(config.region.size // config.region.page_size)
+        self.clients = Clients(self)
+        self.failure: str | None = None
+        self._selector = selectors.DefaultSelector()
+        self._undo = contextlib.ExitStack()
+        self._stopping = False
+        self._before_end: list[Callable[[], None]] = []
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def socket_path(self) -> Path:
+        """The control socket."""
+        return control_socket(self.directory.path)
+
+    # ---- start
+
+    def start(self) -> None:
+        """Everything up, or an error that says what is missing and nothing left behind."""
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        config, limits = self.config, self.limits
+        page_size, pages = config.region.page_size, config.region.size // config.region.page_size
+        probe_kernel(page_size)
+        check_memory(config.memory.limit)
+        self.directory = ServiceDirectory(self.name)
+        self._undo.callback(self.directory.remove)
+        spec = StoreSpec(config.store.url, self.name, secrets.token_bytes(16), page_size, pages, config.store.timeout)
+        store = store_class(spec.url)
+        store_fds = store.prepare(spec)
+        self._undo.callback(store.remove, spec)
+        self._own(*store_fds)
+        self.region_fd = _created(lib.dmh_region_create(b"dmh-region", config.region.size), "the region's memory")
+        slots_fd = _created(lib.dmh_region_create(b"dmh-victims", limits.buffer * page_size), "the victim buffer")
+        bounds = Bounds(limits.resident_max, limits.high, limits.low)
+        table_fd = Table.create(pages, page_size, limits.buffer, Pool.count(config.workers.resolvers), bounds)
+        self._own(self.region_fd, slots_fd, table_fd)
+        pipe = ffi.new("int[2]")
+        check(lib.dmh_pipe(pipe, PIPE_BYTES), "creating the capture pipe")
+        self._own(pipe[0], pipe[1])
+        self.table = Table(table_fd)
+        self._undo.callback(self.table.close)
+        setup = Setup(
+            name=self.name,
+            number=0,
+            directory=str(self.directory.path),
+            resolvers=config.workers.resolvers,
+            window=limits.window,
+            batch=limits.batch,
+            policy=config.evictor.policy,
+            inline=config.workers.inline,
+            spin_us=config.workers.spin_us if isinstance(config.workers.spin_us, int) else 0,
+            store=spec_to_wire(spec),
+            retry={"timeout": config.store.timeout, "wait": config.store.on_failure == "wait"},
+            log_level=log.getEffectiveLevel(),
+        )
+        self.pool = Pool(setup, [self.region_fd, table_fd, slots_fd, pipe[0], pipe[1]], store_fds)
+        self._undo.callback(self.pool.stop)
+        self.pool.start()
+        self.pool.wait_ready()
+        for worker in self.pool.workers:
+            self._watch(worker.channel, lambda worker=worker: self._read_worker(worker))
+        self._listen()
+
+    def _own(self, *descriptors: int) -> None:
+        for fd in descriptors:
+            self._undo.callback(os.close, fd)
+
+    def _listen(self) -> None:
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._undo.callback(server.close)
+        server.bind(str(self.socket_path))
+        server.listen(64)
+        server.setblocking(False)
+        self._watch(server, lambda: self._accept(server))
+
+    # ---- the loop
+
+    def _watch(self, source: Any, ready: Callable[[], None]) -> None:
+        self._selector.register(source, selectors.EVENT_READ, ready)
+
+    def watch(self, source: Any, ready: Callable[[], None]) -> None:
+        """Call `ready` whenever `source` (a descriptor, or something with fileno) can be read."""
+        self._watch(source, ready)
+
+    def unwatch(self, source: Any) -> None:
+        """Undo `watch`."""
+        self._selector.unregister(source)
+
+    def run(self) -> None:
+        """Serve until stopped."""
+        while not self._stopping:
+            for key, _ in self._selector.select():
+                key.data()
+                if self._stopping:
+                    break
+
+    def stop(self, then: Callable[[], None]) -> None:
+        """End `run`; `then` is called when the workers are down."""
+        self._before_end.append(then)
+        self._stopping = True
+
+    def _accept(self, server: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            connection, _ = server.accept()
+            client = self.clients.accept(Channel(connection))
+            if client:
+                self._watch(client.channel, lambda: self._read_client(client))
+                self._watch_process(client)
+
+    def _watch_process(self, client: Client) -> None:
+        # A child that a program forked may hold its connection open after the program has died.
+        self._when_dead(client.pid, lambda: self._drop(client))
+
+    def end_with(self, pid: int) -> None:
+        """Stop when the process `pid` has ended."""
+        self._when_dead(pid, lambda: self.stop(lambda: None))
+
+    def _when_dead(self, pid: int, then: Callable[[], None]) -> None:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            then()
+            return
+
+        def died() -> None:
+            self.unwatch(pidfd)
+            os.close(pidfd)
+            then()
+
+        self._watch(pidfd, died)
+
+    def _read_client(self, client: Client) -> None:
+        if not self.clients.read(client):
+            self._drop(client)
+
+    def _drop(self, client: Client) -> None:
+        if client in self.clients.all:
+            self.unwatch(client.channel)
+            self.clients.drop(client)
+
+    def _read_worker(self, worker: WorkerProcess) -> None:
+        if self.pool.read(worker):
+            return
+        status = worker.process.wait()
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        self.failure = f"{worker.name} ended unexpectedly ({how}); the service cannot go on without it"
+        log.error("%s", self.failure)
+        self._stopping = True
+
+    # ---- what others ask
+
+    def describe(self) -> Message:
+        """What a program needs to map the region."""
+        region = self.config.region
+        return {
+            "name": self.name,
+            "size": region.size,
+            "page_size": region.page_size,
+            "seal": region.seal,
+            "grace": GRACE_SECONDS,
+        }
+
+    def stats(self, answer: Callable[[dict[str, Any]], None]) -> None:
+        """Call `answer` with the figures of the moment, the store's included."""
+
+        def with_store(reply: Message) -> None:
+            snapshot = self.snapshot()
+            snapshot.store.update(reply.get("store", {}))
+            answer(snapshot.to_wire())
+
+        self.pool.tell(self.pool.by_role("evictor"), {"op": "store-stats"}, with_store)
+
+    def snapshot(self) -> Snapshot:
+        """The figures of the moment that stand in shared memory."""
+        return Snapshot.take(
+            self.table,
+            name=self.name,
+            programs=self.clients.attached,
+            limit=self.limits.limit,
+            allocated=self.extents.pages - self.extents.free_pages,
+            seconds=time.monotonic() - self._began,
+            store={"url": without_password(self.config.store.url)},
+        )
+
+    def write_stats(self, path: Path) -> None:
+        """The counters as JSON, for `--stats FILE`."""
+        path.write_text(json.dumps(self.snapshot().to_wire(), indent=2) + "\n")
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Take down whatever `start` had put up; in reverse order, and all of it even where a step fails."""
+        try:
+            self._undo.close()
+        finally:
+            for then in self._before_end:
+                then()
+            self._before_end.clear()
+            for client in list(self.clients.all):
+                client.channel.close()
+                if client.uffd >= 0 and client.view:
+                    os.close(client.uffd)
+            self.clients.all.clear()
+            self._selector.close()
+
+
+def _created(fd: int, what: str) -> int:
+    if fd < 0:
+        raise KernelError(f"creating {what} failed: {os.strerror(-fd)}")
+    return fd
+
+
+def probe_kernel(page_size: int) -> None:
+    """Refuse a kernel, or a user, that dmh cannot work with; says what is missing and how to get it."""
+    how, features = ffi.new("int *"), ffi.new("uint64_t *")
+    fd = lib.dmh_uffd_open(how, features)
+    if fd < 0:
+        if -fd in (1, 13):  # EPERM, EACCES
+            raise KernelError(
+                "this user may not use userfaultfd: as root, `chmod a+rw /dev/userfaultfd` or `sysctl vm.unprivileged_userfaultfd=1`, or "
+                "run dmh with CAP_SYS_PTRACE"
+            )
+        raise KernelError(
+            f"this kernel has no userfaultfd that can watch shared memory ({os.strerror(-fd)}): Linux 5.7 or newer is needed, built with "
+            "CONFIG_USERFAULTFD"
+        )
+    os.close(fd)
+    if how[0] == lib.DMH_UFFD_USER_ONLY:
+        log.warning(
+            "only user-mode faults can be watched: system calls on absent pages (file.readinto(array), os.write, recv_into) fail with EFAULT "
+            "instead of waiting.  To mend it: `chmod a+rw /dev/userfaultfd` or `sysctl vm.unprivileged_userfaultfd=1` as root"
+        )
+    result = lib.dmh_probe_capture(page_size)
+    if result < 0:
+        raise KernelError(
+            f"this kernel cannot capture pages atomically (splice from a memfd, then punch: {os.strerror(-result)}); dmh would lose writes here"
+        )
+    with contextlib.suppress(OSError):
+        enabled = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
+        if "[force]" in enabled:
+            raise KernelError(
+                "transparent huge pages are forced for shared memory, which destroys data when pages are punched: write `never` or `advise` to "
+                "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+            )
+
+
+def check_memory(limit: int) -> None:
+    """Refuse a limit that this machine's memory cannot hold: the kernel would kill somebody later."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemTotal:") and limit > (total := int(line.split()[1]) * 1024):
+                raise ServiceError(
+                    f"memory.limit is {limit / 2**30:.1f} GiB, and this machine has {total / 2**30:.1f} GiB of memory in all: lower it"
+                )
+
+
+def serve(config: Config, *, on_ready: Callable[[Launcher], None], stop_signals: bool = True) -> str | None:
+    """Start a service and run it until it is told to stop; returns what went wrong, None for an orderly end."""
+    with Launcher(config) as launcher:
+        if stop_signals:
+            reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(writing)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, lambda *_: None)
+            launcher.watch(reading, lambda: launcher.stop(lambda: None))
+        launcher.start()
+        on_ready(launcher)
+        launcher.run()
+        return launcher.failure
+
+
+__all__ = ["DmhError", "Launcher", "check_memory", "probe_kernel", "serve"]

@@ -1,0 +1,86 @@
+"""Where a service's sockets are: a directory of mode 0700, found again by the service's name.
+
+Owns the directory's creation, its check and its lock.  One service a name: the launcher holds the lock for its life, so what a killed
+service left behind is recognised and cleared.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+from dmh.errors import ServiceError
+
+SOCKET_VARIABLE = "DMH_SOCKET"
+"""Environment variable that names the control socket inside `dmh run`."""
+
+
+def base_directory() -> Path:
+    """The user's directory for services: under XDG_RUNTIME_DIR, else in /tmp."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.access(runtime, os.W_OK):
+        return Path(runtime) / "dmh"
+    return Path("/tmp") / f"dmh-{os.getuid()}"
+
+
+def service_directory(name: str) -> Path:
+    """Where the service of this name has its sockets, whether or not it runs."""
+    return base_directory() / name
+
+
+def control_socket(directory: Path) -> Path:
+    """The control socket in a service's directory."""
+    return directory / "control.sock"
+
+
+def running_services() -> list[str]:
+    """Names of this user's services that have a control socket."""
+    base = base_directory()
+    return sorted(path.parent.name for path in base.glob("*/control.sock")) if base.is_dir() else []
+
+
+class ServiceDirectory:
+    """The directory of a service that is being started, locked against a second one of the same name."""
+
+    def __init__(self, name: str) -> None:
+        base = base_directory()
+        self.path = service_directory(name)
+        for directory in (base, self.path):
+            directory.mkdir(mode=0o700, exist_ok=True)
+            _check_private(directory)
+        # A Unix socket's address holds 107 bytes; the longest name in the directory is resolver-NN.sock.
+        if len(os.fsencode(self.path)) > 85:
+            raise ServiceError(f"{self.path} is too long for a socket's address: choose a shorter region.name")
+        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ServiceError(
+                f"a service named {name!r} is already running: stop it, join it (dmh.attach({name!r})), or give this one another "
+                f"name (region.name, or --set region.name=...)"
+            ) from None
+        self._clear()
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.name != "lock":
+                entry.unlink()
+
+    def remove(self) -> None:
+        """Delete the directory and give up the name."""
+        self._clear()
+        (self.path / "lock").unlink(missing_ok=True)
+        self.path.rmdir()
+        os.close(self._lock)
+
+
+def _check_private(directory: Path) -> None:
+    """Refuse a directory that somebody else made or may enter: /tmp is everybody's."""
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ServiceError(
+            f"{directory} is not a directory of mode 0700 that belongs to you: remove it, or set XDG_RUNTIME_DIR to one that is"
+        )

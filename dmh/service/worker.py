@@ -1,0 +1,177 @@
+"""What every worker process has: its end of the control channel, the shared table, the views, and an orderly end.
+
+Owns the start-up handshake and the control thread.  Does not own what the worker does (`workers/*.py`).  The control thread is
+the only one that reads the channel; the main thread does the work and never blocks on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmh.errors import DmhError, ProtocolError
+from dmh.lspt.table import Table
+from dmh.native import check, ffi, lib
+from dmh.service.channel import Channel, Message, close_all
+from dmh.store.base import Store
+from dmh.store.retry import Retry
+from dmh.store.registry import open_store, spec_from_wire
+
+OWN_VIEW = 0
+"""The view id of a worker's own mapping; applications' views count from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the launcher tells a worker at its start (the descriptors travel beside it, in this order)."""
+
+    name: str
+    number: int
+    directory: str
+    resolvers: int
+    window: int
+    batch: int
+    policy: str
+    inline: bool
+    spin_us: int
+    store: dict[str, Any]
+    retry: dict[str, Any]
+    log_level: int
+
+    DESCRIPTORS = ("region", "table", "slots", "pipe_out", "pipe_in")
+
+
+class Worker:
+    """One worker process, from its start message to its end."""
+
+    def __init__(self, role: str) -> None:
+        # Ctrl-C reaches the whole terminal's process group; the launcher alone decides when workers end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        parser = argparse.ArgumentParser(prog=f"workers.{role}", description="started by dmh's launcher, not by hand")
+        parser.add_argument("--control-fd", type=int, required=True)
+        fd = parser.parse_args().control_fd
+        self.channel = Channel(socket.socket(fileno=fd))
+        answer = self.channel.receive()
+        if answer is None:
+            sys.exit(0)
+        message, descriptors = answer
+        self.setup = Setup(**message["setup"])
+        known = len(Setup.DESCRIPTORS)
+        self.region_fd, table_fd, self._slots_fd, self.pipe_out, self.pipe_in = descriptors[:known]
+        self._store_fds = descriptors[known:]
+        self.role = role if role != "resolver" else f"resolver-{self.setup.number}"
+        logging.basicConfig(
+            level=self.setup.log_level,
+            format=f"dmh[{self.setup.name}] {self.role}: %(levelname)s: %(message)s",
+            stream=sys.stderr,
+        )
+        self.log = logging.getLogger("dmh")
+        self.table = Table(table_fd)
+        os.close(table_fd)
+        self.slots = self._map_slots()
+        self.context: Any = lib.dmh_ctx_new(
+            self.table.raw, self.region_fd, ffi.from_buffer("uint8_t[]", self.slots), self.setup.number
+        )
+        self._map_own_view()
+        self.stopping = threading.Event()
+        self.orphaned = False
+        self._handlers: dict[str, Callable[[Message], Message | None]] = {}
+        self._on_stop: Callable[[], None] = lambda: None
+
+    def _map_slots(self) -> npt.NDArray[np.uint8]:
+        size = self.table.slots * self.table.page_size
+        memory = mmap.mmap(self._slots_fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        return np.frombuffer(memory, np.uint8).reshape(self.table.slots, self.table.page_size)
+
+    def _map_own_view(self) -> None:
+        # Registered before anything can touch it: a hole read through an unregistered mapping becomes zeros for everybody.
+        bytes_ = self.table.pages * self.table.page_size
+        base = lib.dmh_map_region(self.region_fd, bytes_, self.table.page_size, 1, 0)
+        if base == ffi.NULL:
+            raise OSError(ffi.errno, f"mapping the region: {os.strerror(ffi.errno)}")
+        how, features = ffi.new("int *"), ffi.new("uint64_t *")
+        uffd = check(lib.dmh_uffd_open(how, features), "opening a userfaultfd")
+        check(lib.dmh_uffd_register(uffd, base, bytes_), "registering a view of the region")
+        lib.dmh_view_add(self.context, OWN_VIEW, uffd, int(ffi.cast("uintptr_t", base)), os.getpid(), 1)
+
+    def open_store(self) -> Store:
+        """This process's store object, with retries as the configuration has them."""
+        store = open_store(spec_from_wire(self.setup.store), self._store_fds)
+        self._store_fds = []
+        return store
+
+    def retry(self) -> Retry:
+        """The back-off rule for this worker's requests to the store."""
+        number = self.setup.number
+        return Retry(
+            timeout=self.setup.retry["timeout"],
+            wait=self.setup.retry["wait"],
+            stopping=self.stopping,
+            on_retry=lambda: self.table.count(number, "store_retries"),
+        )
+
+    def handle(self, operation: str, handler: Callable[[Message], Message | None]) -> None:
+        """Answer a control operation; runs in the control thread.  A handler that returns None answers later, itself."""
+        self._handlers[operation] = handler
+
+    def start(self, on_stop: Callable[[], None]) -> None:
+        """Report ready and begin to read the channel; `on_stop` must make the main thread's wait end."""
+        self._on_stop = on_stop
+        self.channel.send({"op": "ready", "pid": os.getpid()})
+        threading.Thread(target=self._read_channel, name="control", daemon=True).start()
+
+    def reply(self, message: Message, **answer: Any) -> None:
+        """Answer a control message that asked for an answer."""
+        if "id" in message:
+            self.channel.send({"op": "reply", "id": message["id"], **answer})
+
+    def _read_channel(self) -> None:
+        while True:
+            try:
+                received = self.channel.receive()
+            except ProtocolError as error:
+                self.log.error("%s", error)
+                continue
+            if received is None or received[0].get("op") == "stop":
+                self.orphaned = received is None
+                self.stopping.set()
+                lib.dmh_stop(self.table.raw)
+                self._on_stop()
+                return
+            message, descriptors = received
+            try:
+                answer = self._answer(message, descriptors)
+            except DmhError as error:
+                answer = {"error": str(error)}
+            except Exception as error:
+                self.log.exception("control message %s failed", message.get("op"))
+                answer = {"error": f"{self.role}: {error}"}
+            if answer is not None:
+                self.reply(message, **answer)
+
+    def _answer(self, message: Message, descriptors: list[int]) -> Message | None:
+        operation = message.get("op")
+        if operation == "view-add":
+            (uffd,) = descriptors
+            result = lib.dmh_view_add(self.context, message["view"], uffd, message["base"], message["pid"], 0)
+            check(result, "adding a view")
+            return {}
+        close_all(descriptors)
+        if operation == "view-remove":
+            lib.dmh_view_remove(self.context, message["view"])
+            return {}
+        if operation in self._handlers:
+            return self._handlers[operation](message)
+        raise ProtocolError(f"unknown control operation {operation!r}")

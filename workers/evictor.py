@@ -1,0 +1,123 @@
+"""The evictor: runs LPET.
+
+    wait until the bell rings
+    learn what arrived
+    above the high threshold: mark and evict until the low one      dmh.evict.lpet, with the policy
+    answer requests: discard, evict, flush, pin, unpin
+
+It is the only process that takes pages out of the region and the only one that writes to the DMS, all in one thread: so no page has two
+writers and no old version overtakes a new one.
+"""
+
+from __future__ import annotations
+
+import queue
+
+import numpy as np
+
+from dmh.evict.leave import Leaver
+from dmh.evict.lpet import Lpet
+from dmh.evict.policies import POLICIES
+from dmh.lspt.states import State
+from dmh.native import lib
+from dmh.service.channel import Message
+from dmh.service.worker import Worker
+from dmh.store.retry import Stopped
+
+IDLE_MS = 1000
+BUSY_MS = 2
+"""How long to wait before looking again when everything is pinned or being fetched."""
+
+
+class Evictor:
+    """The evictor's main thread and the requests it answers between two runs."""
+
+    def __init__(self, worker: Worker) -> None:
+        setup = worker.setup
+        self.worker, self.table = worker, worker.table
+        self.store = worker.open_store()
+        pipe = worker.pipe_out, worker.pipe_in
+        self.leaver = Leaver(self.table, worker.context, setup.number, worker.slots, pipe, self.store, worker.retry())
+        self.lpet = Lpet(self.table, POLICIES[setup.policy](), self.leaver, setup.batch, setup.number)
+        self.requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        for operation in ("discard", "evict", "flush", "pin", "unpin", "store-stats"):
+            worker.handle(operation, self._enqueue)
+
+    def _enqueue(self, message: Message) -> None:
+        # Control thread: the main thread answers.
+        self.requests.put(message)
+        lib.dmh_ring_bell(self.table.raw)
+
+    def run(self) -> None:
+        """Until told to stop."""
+        raw, stopping = self.table.raw, self.worker.stopping
+        while not stopping.is_set():
+            seen = raw.bell
+            self._answer_requests()
+            self.lpet.learn()
+            short = self.lpet.run(lambda: not stopping.is_set())
+            if short:
+                lib.dmh_wait_bell(raw, raw.bell, BUSY_MS)
+            elif self.requests.empty() and not self.lpet.due() and not lib.dmh_wait_bell(raw, seen, IDLE_MS):
+                self.leaver.delete_stale()
+
+    def _answer_requests(self) -> None:
+        for _ in range(self.requests.qsize()):
+            message = self.requests.get()
+            try:
+                answer = getattr(self, "_" + message["op"].replace("-", "_"))(message)
+            except Stopped:
+                return
+            except Exception as error:
+                self.worker.log.exception("request %s failed", message.get("op"))
+                answer = {"error": f"{message.get('op')}: {error}"}
+            if answer is not None:
+                self.worker.reply(message, **answer)
+
+    def _discard(self, message: Message) -> Message | None:
+        first, count = message["first"], message["count"]
+        self.lpet.forget(np.arange(first, first + count, dtype=np.uint64))
+        left = message.get("left")
+        runs = [(first, count)] if left is None else left
+        busy = [self.leaver.discard(a, n) for a, n in runs]
+        pages = np.concatenate(busy)
+        if not len(pages):
+            return {}
+        # Resolvers have these in hand: answer when they are done with them.
+        self.requests.put(message | {"left": [(int(page), 1) for page in pages]})
+        lib.dmh_wait_bell(self.table.raw, self.table.raw.bell, 1)
+        return None
+
+    def _evict(self, message: Message) -> Message:
+        first, end = message["first"], message["first"] + message["count"]
+        for state in (State.RESIDENT, State.STAGED):
+            self.lpet.evict(self.table.in_state(state, first, end))
+        return {}
+
+    def _flush(self, message: Message) -> Message:
+        complete = self.leaver.flush(message["first"], message["first"] + message["count"])
+        return {} if complete else {"error": "the store did not take every page; see the evictor's log"}
+
+    def _pin(self, message: Message) -> Message:
+        problem = self.lpet.pin(message["first"], message["count"])
+        return {"error": problem} if problem else {}
+
+    def _unpin(self, message: Message) -> Message:
+        self.lpet.unpin(message["first"], message["count"])
+        return {}
+
+    def _store_stats(self, message: Message) -> Message:
+        return {"store": self.store.stats()}
+
+
+def main() -> None:
+    """Run until told to stop."""
+    worker = Worker("evictor")
+    evictor = Evictor(worker)
+    worker.start(on_stop=lambda: None)
+    evictor.run()
+    evictor.store.close()
+
+
+if __name__ == "__main__":
+    main()
