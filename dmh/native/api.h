@@ -164,10 +164,11 @@ int      dmh_punch_file(int fd, uint64_t offset, uint64_t bytes);
 
 int      dmh_guardian_start(int socket_fd, int grace_ms, const char *message);
 void     dmh_guardian_stop(int handle);
+int      dmh_die_with_parent(void);
 
 /* ---- measurements ---- */
 
 void     dmh_time_touch(uint8_t *base, const uint64_t *offsets, uint64_t n, int write, uint64_t *out_ns);
 uint64_t dmh_sum_words(const uint8_t *base, uint64_t bytes);
-int      dmh_floor_handler(int uffd, uint64_t base, uint64_t page_size, int stop_fd, int spin);
+int      dmh_floor_handler(int uffd, uint64_t page_size, int stop_fd, int spin);
 int      dmh_pin_cpu(int cpu);

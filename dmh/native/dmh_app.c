@@ -3,6 +3,7 @@
 
 #include <poll.h>
 #include <signal.h>
+#include <sys/prctl.h>
 
 /* Read one byte every `step`: brings pages in.  Called with the interpreter lock released. */
 int dmh_touch(void *base, uint64_t bytes, uint64_t step)
@@ -97,3 +98,5 @@ void dmh_guardian_stop(int h)
     close(g->stop_pipe[1]);
     free(g);
 }
+
+int dmh_die_with_parent(void) { return prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 ? -errno : 0; }

@@ -33,7 +33,7 @@ uint64_t dmh_sum_words(const uint8_t *base, uint64_t bytes)
  * The floor: the least that resolving a fault from another process can be.  Poll, read one message, UFFDIO_COPY one page.
  * Returns when stop_fd becomes readable: the number of faults handled.
  */
-int dmh_floor_handler(int uffd, uint64_t base, uint64_t page_size, int stop_fd, int spin)
+int dmh_floor_handler(int uffd, uint64_t page_size, int stop_fd, int spin)
 {
     struct pollfd p[2] = { { .fd = uffd, .events = POLLIN }, { .fd = stop_fd, .events = POLLIN } };
     uint8_t *content;
@@ -54,7 +54,6 @@ int dmh_floor_handler(int uffd, uint64_t base, uint64_t page_size, int stop_fd, 
         if (ioctl(uffd, UFFDIO_COPY, &k) == 0)
             handled++;
     }
-    (void)base;
     free(content);
     return handled;
 }

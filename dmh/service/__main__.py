@@ -14,7 +14,7 @@ import sys
 
 from dmh.config import Config
 from dmh.errors import ConfigError, DmhError
-from dmh.service.launcher import Launcher, serve
+from dmh.service.launcher import Launcher
 
 
 def main() -> int:
@@ -26,23 +26,25 @@ def main() -> int:
     ready_fd = arguments.ready_fd
     logging.basicConfig(level=logging.WARNING, format="dmh launcher: %(levelname)s: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the context managers: nothing is left behind
     os.set_inheritable(ready_fd, False)
 
     def say(line: str) -> None:
         os.write(ready_fd, (line.replace("\n", "\x1f") + "\n").encode())
         os.close(ready_fd)
 
-    def on_ready(launcher: Launcher) -> None:
-        launcher.end_with(arguments.parent)
-        say(f"ready {launcher.socket_path}")
-
     try:
-        failure = serve(Config.from_wire(sys.stdin.read()), on_ready=on_ready)
+        launcher = Launcher(Config.from_wire(sys.stdin.read()))
+        launcher.start()
     except (DmhError, OSError) as error:
         kind = "ServiceError" if isinstance(error, (OSError, ConfigError)) else type(error).__name__
         say(f"{kind} {error}")
         return 1
-    return 1 if failure else 0
+    with launcher:
+        launcher.end_with(arguments.parent)
+        say(f"ready {launcher.socket_path}")
+        launcher.run()
+        return 1 if launcher.failure else 0
 
 
 if __name__ == "__main__":

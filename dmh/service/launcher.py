@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dmh.config import Config, Limits, without_password
-from dmh.errors import DmhError, KernelError, ServiceError
+from dmh.errors import KernelError, ServiceError
 from dmh.lspt.table import Bounds, Table
 from dmh.native import check, ffi, lib
 from dmh.observe.report import Snapshot
@@ -54,6 +54,7 @@ class Launcher:
         self.extents = Extents(config.region.size // config.region.page_size)
         self.clients = Clients(self)
         self.failure: str | None = None
+        self.on_detach: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
         self._undo = contextlib.ExitStack()
         self._stopping = False
@@ -201,6 +202,7 @@ class Launcher:
         if client in self.clients.all:
             self.unwatch(client.channel)
             self.clients.drop(client)
+            self.on_detach()
 
     def _read_worker(self, worker: WorkerProcess) -> None:
         if self.pool.read(worker):
@@ -316,21 +318,3 @@ def check_memory(limit: int) -> None:
                 raise ServiceError(
                     f"memory.limit is {limit / 2**30:.1f} GiB, and this machine has {total / 2**30:.1f} GiB of memory in all: lower it"
                 )
-
-
-def serve(config: Config, *, on_ready: Callable[[Launcher], None], stop_signals: bool = True) -> str | None:
-    """Start a service and run it until it is told to stop; returns what went wrong, None for an orderly end."""
-    with Launcher(config) as launcher:
-        if stop_signals:
-            reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            signal.set_wakeup_fd(writing)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, lambda *_: None)
-            launcher.watch(reading, lambda: launcher.stop(lambda: None))
-        launcher.start()
-        on_ready(launcher)
-        launcher.run()
-        return launcher.failure
-
-
-__all__ = ["DmhError", "Launcher", "check_memory", "probe_kernel", "serve"]

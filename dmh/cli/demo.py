@@ -1,0 +1,2 @@
+"""``dmh bench``"""
+def add_parser(commands): pass
