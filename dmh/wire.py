@@ -37,7 +37,7 @@ class Request(NamedTuple):
     window: int
     view: int
     thread: int
-    received_ns: int
+    ns: int
 
 
 def pack(kind: Kind, requests: list[Request]) -> bytes:

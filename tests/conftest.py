@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from regions import launcher_of, left_by, processes_of, settings, traces
 from store_servers import RedisServer
+
+import dmh
 
 
 @pytest.fixture
@@ -35,3 +39,27 @@ def start_redis() -> Iterator[Callable[..., RedisServer]]:
 def redis_server(start_redis: Callable[..., RedisServer]) -> RedisServer:
     """A running, empty Redis server without persistence and without limits."""
     return start_redis()
+
+
+@pytest.fixture
+def open_region() -> Iterator[Callable[..., dmh.Region]]:
+    """Starts a service of the test's own with settings such as "memory.high=4 pages" and maps its region.
+
+    At the end every region is closed, and nothing of it may be left: no process, no socket, no descriptor, no shared memory.
+    """
+    before = traces()
+    opened: list[tuple[dmh.Region, list[int]]] = []
+
+    def start(*overrides: str) -> dmh.Region:
+        region = dmh.open(settings(*overrides))
+        opened.append((region, processes_of(launcher_of(region))))
+        return region
+
+    yield start
+    left = []
+    for region, processes in opened:
+        region.close()
+        left += left_by(region.name, processes)
+    opened.clear()
+    gc.collect()
+    assert left + sorted(traces() - before) == []

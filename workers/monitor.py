@@ -1,12 +1,14 @@
 """The monitor: reads every application's userfaultfd and hands each fault to a resolver.
 
     wait for messages                                         native, without the interpreter lock
-    one message for a page that is resident: wake             native
-    for one that is being fetched or evicted: drop            native: whoever ends that wakes
-    for one that was handed on already: drop                  native
-    anything else: choose a window ahead, choose a resolver, send
+    a page that is resident: wake                             native
+    one that is being fetched or evicted: drop                native: whoever ends that wakes
+    one that was handed on already: drop                      native
+    one that may belong to a scan: choose a window ahead      dmh.prefetch
+    one that needs no waiting: resolve it here                native (workers.inline)
+    any other: to the resolver with the least to do           its lane if it is awake, ZeroMQ if it sleeps
 
-It claims nothing and remembers nothing that matters: if it dies, waking every thread makes the kernel say again what is still wanted.
+Between two messages it holds no page and remembers nothing that matters: if it dies, waking every thread makes the kernel say again what is still wanted.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dmh.native import check, ffi, lib
 from dmh.prefetch.streams import Streams
 from dmh.service.channel import Message
 from dmh.service.worker import Worker
+from dmh.store.paged_file import PagedFile
 
 BATCH = 64
 TIMEOUT_MS = 1000
@@ -24,10 +27,16 @@ TIMEOUT_MS = 1000
 def main() -> None:
     """Run until told to stop."""
     worker = Worker("monitor")
-    setup, table, context = worker.setup, worker.table, worker.context
+    setup, context = worker.setup, worker.context
     check(lib.dmh_ctx_watch(context), "watching userfaultfds")
-    dispatcher = Dispatcher(table, setup.directory, setup.resolvers, Streams(setup.window))
+    store = worker.open_store() if setup.inline else None
+    if store is not None:
+        # What cannot block is resolved where it is seen; of a store that is local to this machine, that includes stored pages.
+        lib.dmh_ctx_inline(context, *(store.local() if isinstance(store, PagedFile) else (-1, ffi.NULL)))
+    dispatcher = Dispatcher(setup.directory, setup.resolvers)
+    streams = Streams(setup.window)
     wanted: list[Message] = []
+    step = max(setup.window, 1)
 
     def prefetch(message: Message) -> Message:
         wanted.append(message)
@@ -36,15 +45,28 @@ def main() -> None:
 
     worker.handle("prefetch", prefetch)
     worker.start(on_stop=lambda: lib.dmh_interrupt(context))
-    faults = ffi.new("struct dmh_fault[]", BATCH)
+    faults = ffi.new("struct dmh_request[]", BATCH)
     while not worker.stopping.is_set():
         n = check(lib.dmh_receive(context, faults, BATCH, TIMEOUT_MS, setup.spin_us), "receiving faults")
         for i in range(n):
             fault = faults[i]
-            dispatcher.fault(fault.page, fault.view, fault.thread, fault.ns)
+            if not fault.resolver:  # it may belong to a scan
+                fault.stride, fault.window = streams.observe(fault.thread, fault.page)
+                if fault.window:
+                    fault.resolver = lib.dmh_hand_over(context, faults + i)
+                else:
+                    lib.dmh_resolve_here(context, faults + i)
+            if fault.resolver:
+                dispatcher.deliver(fault)
         while wanted:
             message = wanted.pop(0)
-            dispatcher.prefetch(message["first"], message["count"], message["view"])
+            for first in range(message["first"], message["first"] + message["count"], step):
+                wish = ffi.new("struct dmh_request *")
+                wish.page, wish.stride, wish.view = first, 1, message["view"]
+                wish.window = min(step, message["first"] + message["count"] - first)
+                wish.resolver = lib.dmh_hand_over(context, wish)
+                if wish.resolver:
+                    dispatcher.deliver(wish)
     dispatcher.close()
 
 

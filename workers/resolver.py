@@ -1,9 +1,9 @@
 """A resolver: brings pages in.
 
-    receive a request over ZeroMQ: a page, and a window after it
-    claim what is not local: FETCHING           native; at the memory limit, ring LPET and wait for room
-    request what is stored from the DMS         one batched call, with retries
-    check it, install it, publish, wake         native; new pages are zero-filled, staged ones come from the victim buffer
+    take a request: a page, and a window after it   from the lane while awake; asleep, over ZeroMQ
+    claim what is not local: FETCHING               native; at the memory limit, ring LPET and wait for room
+    request what is stored from the DMS             one batched call, with retries
+    check it, install it, publish, wake             native; new pages are zero-filled, staged ones come from the victim buffer
 
 If it dies, the launcher puts its claims back and wakes everybody.
 """
@@ -14,7 +14,12 @@ from dmh import wire
 from dmh.errors import ProtocolError
 from dmh.fault.dispatch import Inbox
 from dmh.fault.resolve import Resolver
+from dmh.native import ffi, lib
 from dmh.service.worker import Worker
+from dmh.store.paged_file import PagedFile
+
+DOZE_MS = 10
+"""Awake this long after the last request: then it costs nothing until a frame comes."""
 
 
 def main() -> None:
@@ -24,19 +29,23 @@ def main() -> None:
     store = worker.open_store()
     resolver = Resolver(table, worker.context, setup.number, setup.window, store, worker.retry(), setup.name)
     inbox = Inbox(setup.directory, setup.number)
+    # What comes by the lane and cannot block is resolved before it reaches Python.
+    lib.dmh_ctx_inline(worker.context, *(store.local() if isinstance(store, PagedFile) else (-1, ffi.NULL)))
     worker.start(on_stop=inbox.interrupt)
-    completed = table.raw.completed
+    completed, request = table.raw.completed, ffi.new("struct dmh_request *")
     while not worker.stopping.is_set():
+        if lib.dmh_next_request(worker.context, request, DOZE_MS):
+            resolver.resolve(request, demand=bool(request.demand))
+            completed[setup.number] += 1
+            continue
         try:
             kind, requests = wire.unpack(inbox.receive())
         except ProtocolError as error:
             worker.log.warning("a fault message was refused: %s", error)
             table.count(setup.number, "refused")
             continue
-        if kind is wire.Kind.STOP:
-            continue
-        for request in requests:
-            resolver.resolve(request, demand=kind is wire.Kind.FAULT)
+        for message in requests:
+            resolver.resolve(message, demand=kind is wire.Kind.FAULT)
             completed[setup.number] += 1
     inbox.close()
     store.close()

@@ -1,6 +1,6 @@
-"""The monitor's half of a fault: which resolver gets it, with which window ahead.
+"""From the monitor to the resolvers: the ZeroMQ ends of both.
 
-Owns the sockets to the resolvers.  Does not look at pages (the native receive loop has) and claims nothing.
+Owns the sockets.  Does not look at pages, and claims nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import Any
 import zmq
 
 from dmh import wire
-from dmh.lspt.table import Table
-from dmh.prefetch.streams import Streams
 
 
 def resolver_address(directory: str | Path, number: int) -> str:
@@ -21,15 +19,13 @@ def resolver_address(directory: str | Path, number: int) -> str:
 
 
 class Dispatcher:
-    """Sends each fault to one resolver.
+    """The monitor's sockets to the resolvers.
 
-    The load of a resolver is what was sent to it less what it has completed; both counts stand in shared memory, so that no
-    message has to come back.
+    Which resolver gets a request is decided where the shared counts of work are (`dmh_hand_over`).  A resolver that is awake finds it in its lane in
+    shared memory; ZeroMQ wakes one that sleeps, which costs two more threads' wake-ups on the way.
     """
 
-    def __init__(self, table: Table, directory: str, resolvers: int, streams: Streams) -> None:
-        self._table = table
-        self._streams = streams
+    def __init__(self, directory: str, resolvers: int) -> None:
         self._context = zmq.Context(io_threads=1)
         self._sockets = []
         for number in range(1, resolvers + 1):
@@ -39,25 +35,16 @@ class Dispatcher:
             socket.connect(resolver_address(directory, number))
             self._sockets.append(socket)
 
-    def fault(self, page: int, view: int, thread: int, received_ns: int) -> None:
-        """One fault goes to the resolver with the least to do."""
-        stride, window = self._streams.observe(thread, page)
-        self._send(wire.Kind.FAULT, wire.Request(page, stride, window, view, thread, received_ns))
-
-    def prefetch(self, first: int, count: int, view: int) -> None:
-        """Ask for pages first .. first + count - 1, spread over the resolvers in windows."""
-        step = max(self._streams.limit, 1)
-        for page in range(first, first + count, step):
-            self._send(wire.Kind.PREFETCH, wire.Request(page, 1, min(step, first + count - page), view, 0, 0))
-
-    def _send(self, kind: wire.Kind, request: wire.Request) -> None:
-        sent, done = self._table.raw.dispatched, self._table.raw.completed
-        best = 1
-        if len(self._sockets) > 1:
-            # The lowest number wins a tie: the same resolver stays warm and the others stay asleep.
-            best = min(range(1, len(self._sockets) + 1), key=lambda n: sent[n] - done[n])
-        sent[best] += 1
-        self._sockets[best - 1].send(wire.pack(kind, [request]), copy=True)
+    def deliver(self, request: Any) -> None:
+        """Send what `dmh_hand_over` did not deliver: ``request.resolver`` is its answer."""
+        number = request.resolver
+        if number < 0:
+            # The request is in the lane, but the resolver may have fallen asleep beside it.
+            self._sockets[-number - 1].send(wire.pack(wire.Kind.FAULT, []))
+            return
+        record = wire.Request(request.page, request.stride, request.window, request.view, request.thread, request.ns)
+        kind = wire.Kind.FAULT if request.demand else wire.Kind.PREFETCH
+        self._sockets[number - 1].send(wire.pack(kind, [record]))
 
     def close(self) -> None:
         """Drop the connections; what was not delivered is not needed."""

@@ -43,10 +43,10 @@ class Resolver:
         self._found = np.frombuffer(ffi.buffer(self._plan.found), np.uint8)
         self._most = window
 
-    def resolve(self, request: Request, *, demand: bool) -> None:
-        """Steps 4 to 6 of a fault; with `demand` false only the window is wanted, and nobody waits for it."""
+    def resolve(self, request: Request | Any, *, demand: bool) -> None:
+        """Steps 4 to 6 of a fault, from a frame or from the lane (a native request has the same fields); with `demand` false only the window is wanted, and nobody waits for it."""
         plan = self._plan
-        plan.view, plan.thread, plan.ns = request.view, request.thread, request.received_ns
+        plan.view, plan.thread, plan.ns = request.view, request.thread, request.ns
         window = min(request.window, self._most)
         while True:
             claimed = lib.dmh_claim(self._context, plan, request.page, demand, request.stride, window)

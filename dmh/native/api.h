@@ -18,7 +18,7 @@ struct dmh_shared {
     uint64_t page_size, page_shift, pages, slots, workers, ring_entries;
     uint64_t resident_max;      /* pages; memory.limit less the victim buffer: the hard bound */
     uint64_t high, low;         /* pages; LPET's thresholds, over local pages */
-    uint64_t words_at, sums_at, copies_at, pins_at, slots_at, rings_at, journal_at, bytes; /* offsets from here */
+    uint64_t words_at, sums_at, copies_at, pins_at, slots_at, rings_at, journal_at, lanes_at, bytes; /* offsets from here */
     uint64_t resident;          /* pages that occupy, or are promised, memory of the region; <= resident_max */
     uint64_t staged;            /* slots in use; <= slots */
     uint64_t clock;             /* orders the arrivals of pages */
@@ -36,6 +36,21 @@ struct dmh_shared {
 struct dmh_counters {
     uint64_t cell[64];
     uint64_t fault_ns[64];      /* log2 buckets of nanoseconds from receipt of a fault to its page's installation */
+};
+
+/* A resolver's lane: how the monitor hands it a request while it is awake.  A sleeping resolver is woken over ZeroMQ. */
+struct dmh_request {
+    uint64_t page;
+    int64_t stride;
+    uint32_t window, view, thread, demand;
+    uint64_t ns;
+    int32_t resolver;           /* what dmh_hand_over said of it; within the monitor only */
+};
+struct dmh_lane {
+    uint32_t awake;             /* it will look at the lane again without being told */
+    uint32_t bell;              /* futex: rung after head has moved */
+    uint64_t head, tail;        /* head: written by the monitor; tail: by the resolver; head - tail <= 64 */
+    struct dmh_request entry[64];
 };
 
 /* What the evictor is in the middle of, so that whoever comes after it can finish it. */
@@ -101,8 +116,14 @@ void     dmh_wake_pages(struct dmh_ctx *c, uint64_t page, uint64_t n);
 
 /* ---- monitor: receive ---- */
 
-struct dmh_fault { uint64_t page; uint32_t view; uint32_t thread; uint64_t ns; };
-int      dmh_receive(struct dmh_ctx *c, struct dmh_fault *out, int max, int timeout_ms, int spin_us);
+struct dmh_lane *dmh_lane_of(struct dmh_shared *s, uint32_t worker);
+int      dmh_hand_over(struct dmh_ctx *c, const struct dmh_request *r);
+int      dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_ms);
+
+int      dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us);
+void     dmh_ctx_inline(struct dmh_ctx *c, int store_fd, const uint64_t *store_index);
+int      dmh_resolve_here(struct dmh_ctx *c, struct dmh_request *r);
+int      dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r);
 void     dmh_forget_dispatched(struct dmh_ctx *c);
 
 /* ---- resolver: claim, install ---- */
@@ -156,8 +177,9 @@ int      dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *bu
 uint64_t dmh_hash(const uint8_t *p, uint64_t n);
 void     dmh_hash_pages(const uint8_t *p, uint64_t n, uint64_t page_size, uint64_t *out);
 int      dmh_is_zero(const uint8_t *p, uint64_t n);
-int      dmh_read_pages(int fd, const uint64_t *slots, uint64_t n, uint64_t page_size, uint8_t *out);
-int      dmh_write_pages(int fd, const uint64_t *slots, uint64_t n, uint64_t page_size, const uint8_t *data);
+int      dmh_fetch_pages(int fd, const uint64_t *index, const uint64_t *pages, uint64_t n, uint64_t page_size, uint8_t *out,
+                         uint8_t *found, int nowait);
+int      dmh_write_pages(int fd, const uint64_t *pages, uint64_t n, uint64_t page_size, const uint8_t *data);
 int      dmh_punch_file(int fd, uint64_t offset, uint64_t bytes);
 
 /* ---- the application's guardian thread ---- */

@@ -3,10 +3,11 @@
 
 #include <signal.h>
 
-static void ring_at_high(struct dmh_shared *s)
+static void ring_at_high(struct dmh_ctx *c)
 {
-    if (LOAD(&s->resident) + LOAD(&s->staged) > s->high) {
-        dmh_ring_bell(s);
+    if (LOAD(&c->s->resident) + LOAD(&c->s->staged) > c->s->high) {
+        count(c, DMH_C_RINGS, 1);
+        dmh_ring_bell(c->s);
     }
 }
 
@@ -36,6 +37,23 @@ static int claim_one(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int d
             return 1;
         }
     }
+}
+
+/* Claim a page in exactly this state, room included.  0: it changed, or there is no room. */
+int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word)
+{
+    uint32_t state = word_state(word);
+    if (!dmh_reserve(c->s, 1))
+        return 0;
+    ring_at_high(c);
+    if (!move_word(c, page, &word, DMH_FETCHING, c->worker, word_slot(word))) {
+        dmh_release(c->s, 1);
+        return 0;
+    }
+    p->n = p->stored_n = p->lost_n = p->room_wanted = p->resume = 0;
+    p->demand = 1;
+    add(p, page, word, (uint8_t)state);
+    return 1;
 }
 
 /* A fault on a page that is not to be claimed: wake, or raise what must be raised. */
@@ -73,7 +91,7 @@ int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, 
         window = DMH_MAX_RUN - 1;
     uint32_t wanted = window + (demand ? 1 : 0);
     uint64_t granted = dmh_reserve(s, wanted);
-    ring_at_high(s);
+    ring_at_high(c);
     if (!granted) {
         p->room_wanted = (uint32_t)demand;
         return 0;

@@ -2,26 +2,143 @@
 #include "internal.h"
 
 #include <linux/userfaultfd.h>
+#include <sched.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 
 #define MESSAGES 64
+
+#define FARTHEST 64             /* pages; as MAX_STRIDE in prefetch/streams.py */
+#define QUIET_NS 20000000ull
+#define SPIN_MOST_NS 100000ull
+#define GAP_MOST_NS 1000000ull
+
+static int outstanding(struct dmh_shared *s)
+{
+    for (uint64_t w = 0; w < s->workers; w++)
+        if (LOAD(&s->completed[w]) < LOAD(&s->dispatched[w]))
+            return 1;
+    return 0;
+}
+
+static uint64_t preemptions(void)
+{
+    struct rusage u;
+    getrusage(RUSAGE_THREAD, &u);
+    return (uint64_t)u.ru_nivcsw;
+}
+
+/*
+ * Waking a sleeping thread on another processor costs more than most faults do (25 µs on small virtual machines), so for a while after
+ * a message this one looks again and again instead of sleeping.  How long is learned: twice the usual gap between messages, and not at all where
+ * the gap is longer than SPIN_MOST_NS.  While a resolver is at work the processor, which they may share, is offered to it at every turn.  After
+ * being preempted (somebody else needs the processor) there is no spinning for a while.
+ */
+static uint64_t spin_until(struct dmh_ctx *c, int spin_us, uint64_t now)
+{
+    if (!spin_us || now < c->quiet_until_ns)
+        return 0;
+    if (spin_us > 0)
+        return c->last_ns + (uint64_t)spin_us * 1000;
+    return c->gap_ns > SPIN_MOST_NS ? 0 : c->last_ns + 2 * c->gap_ns;
+}
 
 static int wait_for_messages(struct dmh_ctx *c, struct epoll_event *ready, int timeout_ms, int spin_us)
 {
     int n = epoll_wait(c->epoll_fd, ready, MESSAGES, 0);
     if (n || !timeout_ms)
         return n;
-    if (spin_us > 0)
-        for (uint64_t end = now_ns() + (uint64_t)spin_us * 1000; now_ns() < end;)
+    uint64_t now = now_ns(), end = spin_until(c, spin_us, now);
+    if (now < end) {
+        uint64_t before = preemptions();
+        while (now < end) {
             if ((n = epoll_wait(c->epoll_fd, ready, MESSAGES, 0)) != 0)
                 return n;
+            if (outstanding(c->s))
+                sched_yield();
+            now = now_ns();
+        }
+        if (preemptions() != before)
+            c->quiet_until_ns = now + QUIET_NS;
+    }
     return epoll_wait(c->epoll_fd, ready, MESSAGES, timeout_ms);
+}
+
+/* Resolve here, without asking anybody, what cannot block; stored pages from the page file where the kernel has them in memory. */
+void dmh_ctx_inline(struct dmh_ctx *c, int store_fd, const uint64_t *store_index)
+{
+    c->page_buffer = aligned_alloc(DMH_KERNEL_PAGE, c->s->page_size);
+    c->plan = calloc(1, sizeof *c->plan);
+    c->store_fd = store_fd;
+    c->store_index = store_index;
+    c->inline_on = c->page_buffer && c->plan;
+}
+
+/* Could this fault belong to a scan?  Then Python looks at it, and a window may go to a resolver. */
+static int may_be_stream(struct dmh_ctx *c, uint32_t thread, uint64_t page)
+{
+    struct recent *r = &c->recent[(thread * 2654435761u) >> 24];
+    int found = 0;
+    if (r->thread != thread)
+        memset(r, 0xff, sizeof *r), r->thread = thread, r->next = 0;
+    for (int i = 0; i < RECENT && !found; i++) {
+        int64_t stride = (int64_t)(page - r->page[i]);
+        if (stride == 1 || stride == -1)
+            found = 1;
+        else if (stride && stride <= FARTHEST && stride >= -FARTHEST)
+            for (int j = 0; j < RECENT; j++)
+                found |= r->page[j] == r->page[i] - (uint64_t)stride;
+    }
+    r->page[r->next++ % RECENT] = page;
+    return found;
+}
+
+/* 1: done, the thread runs again.  0: it would block, or the page has changed: a resolver is needed.  The lock is not held. */
+int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
+{
+    struct dmh_plan *p = c->plan;
+    uint64_t page = r->page, w = LOAD(&c->words[page]);
+    if (!c->inline_on)
+        return 0;
+    switch (word_state(w)) {
+    case DMH_STORED: {
+        /* Read before the claim: while the word stays as it is the store's copy does not change, and a claim given up would wake in vain. */
+        uint8_t found;
+        if (c->store_fd < 0 || dmh_fetch_pages(c->store_fd, c->store_index, &page, 1, c->s->page_size, c->page_buffer, &found, 1) < 0 ||
+            !found)
+            return 0;
+        break;
+    }
+    case DMH_NEW:
+    case DMH_STAGED:
+        break;
+    default:
+        return 0;
+    }
+    if (!claim_word(c, p, page, w))
+        return 0;
+    p->view = r->view;
+    p->thread = r->thread;
+    p->ns = r->ns;
+    p->found[0] = 1;
+    dmh_install(c, p, c->page_buffer, 1);
+    return 1;
+}
+
+/* A fault that belongs to no scan: resolved on the spot, or handed to a resolver that is awake.  0: neither. */
+int dmh_resolve_here(struct dmh_ctx *c, struct dmh_request *r)
+{
+    if (c->inline_on && dmh_resolve_inline(c, r)) {
+        count(c, DMH_C_INLINE, 1);
+        return 1;
+    }
+    r->resolver = dmh_hand_over(c, r);
+    return r->resolver == 0;
 }
 
 /* 1: the fault goes on to a resolver. */
 static int look_up(struct dmh_ctx *c, struct view *v, uint64_t address, uint64_t page)
 {
-    struct dmh_shared *s = c->s;
     for (;;) {
         uint64_t w = LOAD(&c->words[page]);
         switch (word_state(w)) {
@@ -47,7 +164,6 @@ static int look_up(struct dmh_ctx *c, struct view *v, uint64_t address, uint64_t
                 return 0;
             }
             c->seen[page] = word_generation(w) + 1;
-            (void)s;
             return 1;
         }
     }
@@ -57,14 +173,15 @@ static int look_up(struct dmh_ctx *c, struct view *v, uint64_t address, uint64_t
  * Wait for page faults and return those that need a resolver, several messages for one page as one.
  * 0 after timeout_ms, after dmh_interrupt, or when everything that came was answered here.
  */
-int dmh_receive(struct dmh_ctx *c, struct dmh_fault *out, int max, int timeout_ms, int spin_us)
+int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us)
 {
     struct epoll_event ready[MESSAGES];
     struct uffd_msg messages[MESSAGES];
     int n = 0, events = wait_for_messages(c, ready, timeout_ms, spin_us);
     if (events <= 0)
         return events < 0 && errno != EINTR ? -errno : 0;
-    uint64_t at = now_ns();
+    uint64_t at = now_ns(), gap = at - c->last_ns;
+    c->gap_ns = (7 * c->gap_ns + (gap < GAP_MOST_NS ? gap : GAP_MOST_NS)) / 8;
     pthread_rwlock_rdlock(&c->lock);
     for (int i = 0; i < events; i++) {
         if (ready[i].data.u32 == 0) {
@@ -92,11 +209,17 @@ int dmh_receive(struct dmh_ctx *c, struct dmh_fault *out, int max, int timeout_m
                 continue;
             }
             if (look_up(c, v, address, page))
-                out[n++] = (struct dmh_fault){ page, v->id, messages[j].arg.pagefault.feat.ptid, at };
+                out[n++] = (struct dmh_request){ .page = page, .stride = 1, .view = v->id, .demand = 1, .ns = at,
+                                                 .thread = messages[j].arg.pagefault.feat.ptid };
         }
     }
     pthread_rwlock_unlock(&c->lock);
-    return n;
+    int left = 0;
+    for (int i = 0; i < n; i++)
+        if (may_be_stream(c, out[i].thread, out[i].page) || !dmh_resolve_here(c, &out[i]))
+            out[left++] = out[i];
+    c->last_ns = now_ns();
+    return left;
 }
 
 /* A resolver died: what was sent to it will have to be sent again. */

@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <sys/uio.h>
 
 /*
  * XXH3-64 with the default secret and seed 0, for lengths that are multiples of 64 and above 240, which is what pages are.
@@ -95,36 +96,57 @@ int dmh_is_zero(const uint8_t *p, uint64_t n)
     return read64(p) == 0 && memcmp(p, p + 8, n - 8) == 0;
 }
 
-/* Move page i of memory to or from place slots[i] of the file; neighbours in one call. */
-static int move_pages(int fd, const uint64_t *slots, uint64_t n, uint64_t page_size, uint8_t *memory, int writing)
+/* One run of bytes to or from a file.  nowait: -EAGAIN rather than wait for a disk. */
+static int move_bytes(int fd, uint8_t *at, uint64_t left, uint64_t offset, int writing, int nowait)
 {
-    for (uint64_t i = 0, run; i < n; i += run) {
-        for (run = 1; i + run < n && slots[i + run] == slots[i] + run; run++)
-            ;
-        uint8_t *at = memory + i * page_size;
-        uint64_t left = run * page_size, offset = slots[i] * page_size;
-        while (left) {
-            ssize_t k = writing ? pwrite(fd, at, left, (off_t)offset) : pread(fd, at, left, (off_t)offset);
-            if (k < 0 && errno == EINTR)
-                continue;
-            if (k < 0)
-                return -errno;
-            if (k == 0)
-                return -ENODATA; /* the file ends before the page does */
-            at += k, offset += (uint64_t)k, left -= (uint64_t)k;
-        }
+    while (left) {
+        struct iovec v = { at, left };
+        ssize_t k = writing ? pwrite(fd, at, left, (off_t)offset)
+                  : nowait  ? preadv2(fd, &v, 1, (off_t)offset, RWF_NOWAIT)
+                            : pread(fd, at, left, (off_t)offset);
+        if (k < 0 && errno == EINTR)
+            continue;
+        if (k < 0)
+            return -errno;
+        if (k == 0)
+            return -ENODATA; /* the file ends before the page does */
+        at += k, offset += (uint64_t)k, left -= (uint64_t)k;
     }
     return 0;
 }
 
-int dmh_read_pages(int fd, const uint64_t *slots, uint64_t n, uint64_t page_size, uint8_t *out)
+/*
+ * Read pages[i] from its place in the file to row i of out, neighbours in one call.  index[page] 0: the file has no such page, and
+ * found[i] becomes 0.
+ */
+int dmh_fetch_pages(int fd, const uint64_t *index, const uint64_t *pages, uint64_t n, uint64_t page_size, uint8_t *out,
+                    uint8_t *found, int nowait)
 {
-    return move_pages(fd, slots, n, page_size, out, 0);
+    for (uint64_t i = 0, run; i < n; i += run) {
+        run = 1;
+        found[i] = LOAD(&index[pages[i]]) != 0;
+        if (!found[i])
+            continue;
+        for (; i + run < n && pages[i + run] == pages[i] + run && LOAD(&index[pages[i + run]]); run++)
+            found[i + run] = 1;
+        int r = move_bytes(fd, out + i * page_size, run * page_size, pages[i] * page_size, 0, nowait);
+        if (r)
+            return r;
+    }
+    return 0;
 }
 
-int dmh_write_pages(int fd, const uint64_t *slots, uint64_t n, uint64_t page_size, const uint8_t *data)
+/* Write row i of data to the place of pages[i], neighbours in one call. */
+int dmh_write_pages(int fd, const uint64_t *pages, uint64_t n, uint64_t page_size, const uint8_t *data)
 {
-    return move_pages(fd, slots, n, page_size, (uint8_t *)(uintptr_t)data, 1);
+    for (uint64_t i = 0, run; i < n; i += run) {
+        for (run = 1; i + run < n && pages[i + run] == pages[i] + run; run++)
+            ;
+        int r = move_bytes(fd, (uint8_t *)(uintptr_t)data + i * page_size, run * page_size, pages[i] * page_size, 1, 0);
+        if (r)
+            return r;
+    }
+    return 0;
 }
 
 int dmh_punch_file(int fd, uint64_t offset, uint64_t bytes)

@@ -55,6 +55,7 @@ int dmh_shared_create(uint64_t pages, uint64_t page_size, uint64_t slots, uint64
     uint64_t at = align_up(sizeof h, 4096);
     at += align_up(workers * sizeof(struct dmh_counters), 4096); /* counters follow the header */
     h.journal_at = at, at = align_up(at + sizeof(struct dmh_journal), 4096);
+    h.lanes_at = at, at = align_up(at + workers * sizeof(struct dmh_lane), 4096);
     h.words_at = at, at = align_up(at + pages * 8, 4096);
     h.sums_at = at, at = align_up(at + pages * 8, 4096);
     h.copies_at = at, at = align_up(at + pages, 4096);
@@ -226,6 +227,76 @@ void dmh_free_slot(struct dmh_shared *s, uint32_t slot)
 {
     STORE(&slot_flags(s)[slot], 0u);
     SUB(&s->staged, 1);
+}
+
+/* ---- lanes: the monitor hands requests to resolvers that are awake ---- */
+
+struct dmh_lane *dmh_lane_of(struct dmh_shared *s, uint32_t worker)
+{
+    return (struct dmh_lane *)((uint8_t *)s + s->lanes_at) + worker;
+}
+
+/*
+ * Monitor: give a request to the resolver with the least to do; of those, to the lowest number, which stays warm while the others sleep.
+ * 0: handed over.  N > 0: resolver N sleeps, or its lane is full: send it the request over ZeroMQ.  -N: the request is in the lane of N, which may
+ * have fallen asleep meanwhile: send it an empty frame.
+ */
+int dmh_hand_over(struct dmh_ctx *c, const struct dmh_request *r)
+{
+    struct dmh_shared *s = c->s;
+    uint32_t best = 1;
+    uint64_t least = UINT64_MAX;
+    for (uint32_t n = 1; n + 1 < s->workers && least; n++) {
+        uint64_t load = s->dispatched[n] - LOAD(&s->completed[n]);
+        if (load < least)
+            best = n, least = load;
+    }
+    ADD(&s->dispatched[best], 1);
+    struct dmh_lane *lane = dmh_lane_of(s, best);
+    uint64_t head = lane->head;
+    if (!LOAD(&lane->awake) || head - LOAD(&lane->tail) == 64)
+        return (int)best;
+    lane->entry[head % 64] = *r;
+    __atomic_store_n(&lane->head, head + 1, __ATOMIC_SEQ_CST);
+    /* It clears `awake` and then looks at head; we move head and then look at `awake`: one of us sees the other. */
+    if (!__atomic_load_n(&lane->awake, __ATOMIC_SEQ_CST))
+        return -(int)best;
+    if (!least) {
+        ADD(&lane->bell, 1);
+        futex(&lane->bell, FUTEX_WAKE, 1, NULL);
+    }
+    return 0;
+}
+
+/*
+ * Resolver: the next request from the lane that needs Python; what does not is resolved here.  0 after doze_ms without one: the resolver is no longer
+ * awake, and must wait for a frame.
+ */
+int dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_ms)
+{
+    struct dmh_shared *s = c->s;
+    struct dmh_lane *lane = dmh_lane_of(s, c->worker);
+    struct timespec t = { doze_ms / 1000, (doze_ms % 1000) * 1000000l };
+    STORE(&lane->awake, 1u);
+    while (!LOAD(&s->stop)) {
+        uint32_t seen = LOAD(&lane->bell);
+        uint64_t tail = lane->tail;
+        if (LOAD(&lane->head) != tail) {
+            *out = lane->entry[tail % 64];
+            STORE(&lane->tail, tail + 1);
+            if (out->window || !out->demand || !dmh_resolve_inline(c, out))
+                return 1;
+            ADD(&s->completed[c->worker], 1);
+            continue;
+        }
+        if (futex(&lane->bell, FUTEX_WAIT, seen, &t) < 0 && errno == ETIMEDOUT) {
+            __atomic_store_n(&lane->awake, 0u, __ATOMIC_SEQ_CST);
+            if (__atomic_load_n(&lane->head, __ATOMIC_SEQ_CST) == lane->tail)
+                return 0;
+            STORE(&lane->awake, 1u);
+        }
+    }
+    return 0;
 }
 
 /* ---- arrivals: what came in, told to the evictor's policy ---- */

@@ -156,7 +156,8 @@ struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_bas
     c->region_fd = region_fd;
     c->slots_base = slots_base;
     c->worker = worker;
-    c->epoll_fd = c->event_fd = -1;
+    c->epoll_fd = c->event_fd = c->store_fd = -1;
+    c->gap_ns = 1000000;
     return c;
 }
 
@@ -164,9 +165,10 @@ struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_bas
 int dmh_ctx_watch(struct dmh_ctx *c)
 {
     c->seen = calloc(c->s->pages, sizeof *c->seen);
+    c->recent = calloc(RECENT_THREADS, sizeof *c->recent);
     c->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     c->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (!c->seen || c->epoll_fd < 0 || c->event_fd < 0)
+    if (!c->seen || !c->recent || c->epoll_fd < 0 || c->event_fd < 0)
         return -errno;
     struct epoll_event e = { .events = EPOLLIN, .data.u32 = 0 };
     return epoll_ctl(c->epoll_fd, EPOLL_CTL_ADD, c->event_fd, &e) < 0 ? -errno : 0;

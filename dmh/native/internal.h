@@ -49,6 +49,14 @@ struct view {
     uint64_t base;
 };
 
+/* Pages that a thread has faulted on lately. */
+#define RECENT 16
+#define RECENT_THREADS 256
+struct recent {
+    uint32_t thread, next;
+    uint64_t page[RECENT];
+};
+
 struct dmh_ctx {
     struct dmh_shared *s;
     uint64_t *words, *sums;
@@ -63,6 +71,14 @@ struct dmh_ctx {
     /* monitor only */
     int epoll_fd, event_fd;
     uint32_t *seen;             /* per page: generation of the word that was last dispatched, plus one */
+    int inline_on, store_fd;    /* resolve here what cannot block; store_fd -1: stored pages are not to be had here */
+    const uint64_t *store_index;
+    uint8_t *page_buffer;
+    struct dmh_plan *plan;
+    struct recent *recent;      /* by hash of the thread */
+    uint64_t last_ns;           /* when the last message came: for spinning */
+    uint64_t gap_ns;            /* the usual time from one message to the next, smoothed */
+    uint64_t quiet_until_ns;    /* no spinning before: somebody else needed the processor */
 };
 
 void dmh_die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
@@ -95,6 +111,7 @@ static inline void count(struct dmh_ctx *c, uint32_t counter, uint64_t n)
                      __atomic_load_n(&c->counters->cell[counter], __ATOMIC_RELAXED) + n, __ATOMIC_RELAXED);
 }
 
+int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word);
 void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, uint32_t thread);
 void note_latency(struct dmh_ctx *c, uint64_t since_ns);
 

@@ -29,6 +29,7 @@ from dmh.region.extents import Extents
 from dmh.service.channel import Channel, Message
 from dmh.service.clients import Client, Clients
 from dmh.service.paths import ServiceDirectory, control_socket
+from dmh.service.placement import fault_path_cpus
 from dmh.service.pool import Pool, WorkerProcess
 from dmh.service.worker import Setup
 from dmh.store.base import StoreSpec
@@ -113,7 +114,8 @@ class Launcher:
             batch=limits.batch,
             policy=config.evictor.policy,
             inline=config.workers.inline,
-            spin_us=config.workers.spin_us if isinstance(config.workers.spin_us, int) else 0,
+            spin_us=self._spin_us(),
+            cpus=fault_path_cpus(config.workers.cpus),
             store=spec_to_wire(spec),
             retry={"timeout": config.store.timeout, "wait": config.store.on_failure == "wait"},
             log_level=log.getEffectiveLevel(),
@@ -125,6 +127,13 @@ class Launcher:
         for worker in self.pool.workers:
             self._watch(worker.channel, lambda worker=worker: self._read_worker(worker))
         self._listen()
+
+    def _spin_us(self) -> int:
+        """What the monitor is told: microseconds, 0 for never, -1 for as long as pays."""
+        spin = self.config.workers.spin_us
+        if len(os.sched_getaffinity(0)) < 2:
+            return 0  # whoever is waited for would have to run here
+        return spin if isinstance(spin, int) else -1
 
     def _own(self, *descriptors: int) -> None:
         for fd in descriptors:

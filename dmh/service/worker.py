@@ -49,6 +49,7 @@ class Setup:
     store: dict[str, Any]
     retry: dict[str, Any]
     log_level: int
+    cpus: list[int]
 
     DESCRIPTORS = ("region", "table", "slots", "pipe_out", "pipe_in")
 
@@ -78,6 +79,9 @@ class Worker:
             stream=sys.stderr,
         )
         self.log = logging.getLogger("dmh")
+        if self.setup.cpus and (role == "monitor" or self.setup.number == 1):
+            # Before ZeroMQ starts its I/O threads, which inherit it.
+            os.sched_setaffinity(0, self.setup.cpus)
         self.table = Table(table_fd)
         os.close(table_fd)
         self.slots = self._map_slots()

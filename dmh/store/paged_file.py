@@ -33,23 +33,23 @@ class PagedFile(Store):
         self._fd, self._index_fd = descriptors
         memory = mmap.mmap(self._index_fd, spec.pages * 8)
         self._index: npt.NDArray[np.uint64] = np.frombuffer(memory, np.uint64)
+        self._index_pointer = ffi.from_buffer("uint64_t[]", self._index)
 
     @classmethod
     def open(cls, spec: StoreSpec, descriptors: Sequence[int]) -> Self:
         return cls(spec, descriptors)
 
     def get_many(self, pages: PageNumbers, out: PageBytes) -> Mask:
-        found: Mask = self._index[pages] != 0
-        if found.all():
-            self._read(pages, out)
-        elif found.any():
-            part = np.empty((int(found.sum()), self.spec.page_size), np.uint8)
-            self._read(np.ascontiguousarray(pages[found]), part)
-            out[found] = part
+        found = np.empty(len(pages), np.bool_)
+        result = lib.dmh_fetch_pages(
+            self._fd, self._index_pointer, *self._arguments(pages), ffi.from_buffer("uint8_t[]", out), ffi.from_buffer("uint8_t[]", found), 0
+        )  # fmt: skip
+        self._check(result, "reading")
         return found
 
-    def _read(self, pages: PageNumbers, out: PageBytes) -> None:
-        self._check(lib.dmh_read_pages(self._fd, *self._arguments(pages), ffi.from_buffer("uint8_t[]", out)), "reading")
+    def local(self) -> tuple[int, Any]:
+        """For the monitor, which may read pages itself where that cannot block: the page file and a pointer to its index."""
+        return self._fd, self._index_pointer
 
     def put_many(self, pages: PageNumbers, data: PageBytes) -> None:
         sums = np.empty(len(pages), np.uint64)
