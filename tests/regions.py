@@ -68,11 +68,11 @@ class Inside:
         return [self.launcher, *(pid for pids in self.workers.values() for pid in pids)]
 
     def _open(self, memfd: str) -> int:
-        directory = Path(f"/proc/{self.workers['evictor'][0]}/fd")
+        directory = Path(f"/proc/{self.launcher}/fd")
         for link in directory.iterdir():
             if os.readlink(link).startswith(f"/memfd:{memfd} "):
                 return os.open(link, os.O_RDWR | os.O_CLOEXEC)
-        raise AssertionError(f"the evictor has no memfd named {memfd}")
+        raise AssertionError(f"the launcher has no memfd named {memfd}")
 
     def allocated(self) -> tuple[int, int]:
         """Bytes of memory that the kernel has given to the region and to the victim buffer."""

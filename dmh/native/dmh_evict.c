@@ -41,16 +41,30 @@ static uint64_t splice_in(int region_fd, uint64_t offset, uint64_t bytes, int pi
     return moved;
 }
 
-/* Read `bytes` out of the pipe to a place in the victim buffer. */
-static void read_out(int pipe_out, uint8_t *to, uint64_t bytes)
+/* Read the next `bytes` of a run out of the pipe to where they belong in the run's slots; `at` is how far into the run they begin. */
+static void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t bytes, const uint32_t *slots)
 {
+    const uint64_t size = c->s->page_size;
     while (bytes) {
-        ssize_t k = read(pipe_out, to, bytes);
+        struct iovec v[64];
+        int n = 0;
+        uint64_t asked = 0;
+        while (asked < bytes && n < 64) {
+            uint64_t page = (at + asked) / size, within = (at + asked) % size;
+            uint64_t part = size - within < bytes - asked ? size - within : bytes - asked;
+            uint8_t *to = c->slots_base + slots[page] * size + within;
+            if (n && (uint8_t *)v[n - 1].iov_base + v[n - 1].iov_len == to)
+                v[n - 1].iov_len += part; /* neighbouring slots */
+            else
+                v[n++] = (struct iovec){ to, part };
+            asked += part;
+        }
+        ssize_t k = readv(pipe_out, v, n);
         if (k < 0 && errno == EINTR)
             continue;
         if (k <= 0)
             dmh_die("the capture pipe ended %llu bytes early: %s", (unsigned long long)bytes, k ? strerror(errno) : "empty");
-        to += k, bytes -= (uint64_t)k;
+        at += (uint64_t)k, bytes -= (uint64_t)k;
     }
 }
 
@@ -60,7 +74,6 @@ static void read_out(int pipe_out, uint8_t *to, uint64_t bytes)
  */
 static void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uint64_t bytes, const uint32_t *slots)
 {
-    const uint64_t size = c->s->page_size;
     uint64_t moved = 0;
     while (moved < bytes) {
         uint64_t k = splice_in(c->region_fd, offset + moved, bytes - moved, pipe_in);
@@ -69,15 +82,11 @@ static void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offs
                     (unsigned long long)(offset + moved), strerror(errno));
         if (punch(c, offset + moved, k) < 0)
             dmh_die("punching a hole at offset %llu failed: %s", (unsigned long long)(offset + moved), strerror(errno));
-        off_t data = lseek(c->region_fd, (off_t)(offset + moved), SEEK_DATA);
-        if (data >= 0 && (uint64_t)data < offset + moved + k)
+        if (pages_present(c, offset + moved, k))
             dmh_die("offset %llu still has data after the punch (huge pages in shared memory?); stopping before a byte is "
-                    "lost", (unsigned long long)data);
-        for (uint64_t left = k; left;) {
-            uint64_t within = moved % size, part = size - within < left ? size - within : left;
-            read_out(pipe_out, c->slots_base + slots[moved / size] * size + within, part);
-            moved += part, left -= part;
-        }
+                    "lost", (unsigned long long)(offset + moved));
+        read_out(c, pipe_out, moved, k, slots);
+        moved += k;
     }
 }
 

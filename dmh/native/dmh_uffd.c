@@ -192,6 +192,8 @@ int dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, int pi
         struct epoll_event e = { .events = EPOLLIN, .data.u32 = id };
         r = epoll_ctl(c->epoll_fd, EPOLL_CTL_ADD, uffd, &e) < 0 ? -errno : 0;
     }
+    if (!r && own)
+        c->own_base = (uint8_t *)(uintptr_t)base;
     if (!r)
         c->views[c->nviews++] = (struct view){ .id = id, .uffd = uffd, .pid = pid, .own = own, .base = base };
     pthread_rwlock_unlock(&c->lock);
@@ -331,10 +333,29 @@ int punch(struct dmh_ctx *c, uint64_t offset, uint64_t bytes)
     return fallocate(c->region_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes);
 }
 
+/*
+ * How many of the pages at offset are in the region's memory.  mincore on this process's own view neither faults nor makes pages, and costs what
+ * the range is long; lseek(SEEK_HOLE) would walk over everything that is resident after it.
+ */
+uint64_t pages_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes)
+{
+    uint64_t n = 0;
+    uint8_t *base = c->own_base;
+    while (bytes) {
+        unsigned char in_core[512];
+        uint64_t part = bytes < sizeof in_core * DMH_KERNEL_PAGE ? bytes : sizeof in_core * DMH_KERNEL_PAGE;
+        if (mincore(base + offset, part, in_core) < 0)
+            dmh_die("mincore of %llu bytes at offset %llu: %s", (unsigned long long)part, (unsigned long long)offset, strerror(errno));
+        for (uint64_t i = 0; i < part / DMH_KERNEL_PAGE; i++)
+            n += in_core[i] & 1;
+        offset += part, bytes -= part;
+    }
+    return n;
+}
+
 int page_is_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes)
 {
-    off_t hole = lseek(c->region_fd, (off_t)offset, SEEK_HOLE);
-    return hole >= 0 && (uint64_t)hole >= offset + bytes;
+    return pages_present(c, offset, bytes) == bytes / DMH_KERNEL_PAGE;
 }
 
 /* Access to the page raises SIGBUS from now on, in every process.  The caller holds the claim `word`. */

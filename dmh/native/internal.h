@@ -63,7 +63,7 @@ struct dmh_ctx {
     uint8_t *copies, *pins;
     struct dmh_counters *counters;
     int region_fd;
-    uint8_t *slots_base;
+    uint8_t *slots_base, *own_base;
     uint32_t worker;
     pthread_rwlock_t lock;      /* views[] and their descriptors: read-held over every use of one */
     uint32_t nviews;
@@ -125,6 +125,7 @@ void wake_view(struct view *v, uint64_t offset, uint64_t bytes);
 struct view *find_view(struct dmh_ctx *c, uint32_t id);
 struct view *own_view(struct dmh_ctx *c);
 void wake_others(struct dmh_ctx *c, struct view *except, uint64_t page, uint64_t n);
+uint64_t pages_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
 int page_is_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
 
 #endif
