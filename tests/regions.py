@@ -93,6 +93,20 @@ class Inside:
     def states(self, first: int, count: int) -> list[State]:
         return [self.table.state(page) for page in range(first, first + count)]
 
+    def validate(self) -> None:
+        """Check what must hold when nothing is under way: counters, page states, slots and the kernel agree."""
+        wait_until(lambda: not {State.FETCHING, State.EVICTING} & set(self.busy()), "no page is under way")
+        self.table.validate()
+        states = self.table.states()
+        assert states[State.RESIDENT] == self.table.resident, (states, self.table.resident)
+        assert states[State.STAGED] == self.table.staged, (states, self.table.staged)
+        assert self.present() == set(self.table.in_state(State.RESIDENT).tolist())
+        slots = [self.table.word(int(page)).slot for page in self.table.in_state(State.STAGED)]
+        assert len(set(slots)) == len(slots), "two pages in one slot"
+
+    def busy(self) -> list[State]:
+        return [state for state in (State.FETCHING, State.EVICTING) if len(self.table.in_state(state))]
+
     def close(self) -> None:
         # Dropped first: the table's arrays lie over the mapping that goes.
         self.table.close()

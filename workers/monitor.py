@@ -28,7 +28,7 @@ def main() -> None:
     """Run until told to stop."""
     worker = Worker("monitor")
     setup, context = worker.setup, worker.context
-    check(lib.dmh_ctx_watch(context), "watching userfaultfds")
+    check(lib.dmh_ctx_watch(context, setup.follow), "watching userfaultfds")
     store = worker.open_store() if setup.inline else None
     if store is not None:
         # What cannot block is resolved where it is seen; of a store that is local to this machine, that includes stored pages.

@@ -25,7 +25,7 @@ from typing import IO, Any
 from dmh.config import Config, format_size, load, loads, parse_size, without_password
 from dmh.demo.display import Display
 from dmh.demo.progress import Job, Progress
-from dmh.errors import RegionError, StoreError
+from dmh.errors import RegionError, ServiceError, StoreError
 from dmh.observe.report import Snapshot
 from dmh.region.connection import Connection, start_service
 from dmh.service.clients import PROTOCOL
@@ -33,7 +33,7 @@ from dmh.service.paths import SOCKET_VARIABLE, control_socket, service_directory
 
 TIMES = 4
 """The array is so many times larger than memory.limit."""
-DEFAULT_SIZE = 512_000_000
+DEFAULT_SIZE = 1_024_000_000
 LOOK_SECONDS = 0.02
 DRAW_SECONDS = 0.2
 PAGES_AN_UPDATE = 4
@@ -294,10 +294,17 @@ def _watch(told: IO[bytes], connection: Connection, region_fd: int, progress: Pr
                     if ended := progress.told(line, now):
                         display.ended(ended)
             if now - drawn >= DRAW_SECONDS:
-                answer, _ = connection.request({"op": "stats"})
-                progress.counted(Snapshot.from_wire(answer["stats"]).counters, now)
+                progress.counted(_counters(connection), now)
                 display.show(progress, now)
                 drawn = now
+
+
+def _counters(connection: Connection) -> dict[str, int]:
+    try:
+        answer, _ = connection.request({"op": "stats"})
+    except ServiceError as error:
+        raise ServiceError(f"the service failed while the demo ran; its own message stands above ({error})") from error
+    return Snapshot.from_wire(answer["stats"]).counters
 
 
 # ---- signals

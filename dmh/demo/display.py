@@ -54,23 +54,22 @@ class Display:
             counted = phase.counters
             self.console.print(
                 f"{phase.name:<{NAME_WIDTH}}{phase.seconds:6.2f} s  {counted['faults']:>7,} faults  "
-                f"fetched {_mb(counted['fetched_bytes']):>7} MB  written {_mb(counted['written_bytes']):>7} MB"
+                f"fetched {_mb(counted['fetched_bytes']):>7} MB  written {_mb(counted['written_bytes']):>7} MB",
+                soft_wrap=True,
             )
             self.console.file.flush()
 
     def close(self, progress: Progress, seconds: float) -> None:
         """The closing table and the sentence under it."""
         self.console.print(_closing_table(progress, self._job))
-        facts = Table.grid(padding=(0, 2))
         share = progress.highest / self._job.limit
-        facts.add_row(
-            "memory",
-            f"limit {_mb(self._job.limit)} MB, highest resident {_mb(progress.highest)} MB ({share:.0%}) "
+        self.console.print(
+            f"memory    limit {_mb(self._job.limit)} MB, highest resident {_mb(progress.highest)} MB ({share:.0%}) "
             "by the kernel's count",
+            soft_wrap=True,
         )
-        facts.add_row("verified", _verdict(progress, self._job))
-        self.console.print(facts)
-        self.console.print(f"\n{_sentence(progress, self._job, seconds)}")
+        self.console.print("verified ", _verdict(progress, self._job), soft_wrap=True)
+        self.console.print(f"\n{_sentence(progress, self._job, seconds)}", soft_wrap=True)
 
 
 def _mb(size: float) -> str:
@@ -140,7 +139,7 @@ def _verdict(progress: Progress, job: Job) -> Text:
         at = wrong.index * 8
         return Text(
             f"NO: {wrong.phase}: element {wrong.index:,} (byte {at:,}, page {at // job.page_size:,} of the array)\n"
-            f"expected {wrong.expected:#018x}, got {wrong.got:#018x}",
+            f"          expected {wrong.expected:#018x}, got {wrong.got:#018x}",
             "bold red",
         )
     return Text("no: the program did not come to its end", "bold red")

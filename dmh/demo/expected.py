@@ -81,7 +81,7 @@ class SortedContent:
 
     def add(self, values: Words) -> None:
         """Take in some elements."""
-        ranges = (values >> np.uint64(self.shift)).astype(np.intp)
+        ranges = (values >> np.uint64(self.shift)).view(np.intp)
         self._counts += np.bincount(ranges, minlength=len(self._counts))
         # Sums of a part's 32-bit hashes are exact in float64, which is what bincount adds in.
         sums = np.bincount(ranges, weights=_hash(values).astype(np.float64), minlength=len(self._hashes))

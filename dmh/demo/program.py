@@ -23,8 +23,8 @@ import dmh
 from dmh.demo.expected import Expected, SortedContent, Words
 from dmh.native import lib
 
-PART = 1 << 17
-"""Elements handled at a time: 1 MiB, all the memory that the program has of its own."""
+PART = 1 << 16
+"""Elements handled at a time: 512 KiB, about all the memory that the program has of its own."""
 BATCH = 64
 REPORT_SECONDS = 0.05
 

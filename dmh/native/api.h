@@ -29,6 +29,7 @@ struct dmh_shared {
     uint32_t stop;              /* set once: nobody waits any more */
     uint32_t events_lost;       /* a ring was full: LPET must look at the table */
     uint32_t poison_works;      /* UFFDIO_POISON is there */
+    uint32_t pids[72];          /* per worker: its process */
     uint64_t dispatched[72];    /* per resolver: messages sent to it */
     uint64_t completed[72];     /* per resolver: messages it is done with */
 };
@@ -108,7 +109,7 @@ int      dmh_touch(void *base, uint64_t bytes, uint64_t step);
 /* A process's table of the mappings that can fault: applications' and its own. */
 struct dmh_ctx;
 struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_base, uint32_t worker);
-int      dmh_ctx_watch(struct dmh_ctx *c);
+int      dmh_ctx_watch(struct dmh_ctx *c, int follow);
 int      dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, int pid, int own);
 int      dmh_view_remove(struct dmh_ctx *c, uint32_t id);
 void     dmh_interrupt(struct dmh_ctx *c);

@@ -1,6 +1,7 @@
 /* The monitor's loop: read messages, look each page up in the table, and hand on only what needs a resolver. */
 #include "internal.h"
 
+#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <sched.h>
 #include <sys/epoll.h>
@@ -10,6 +11,7 @@
 
 #define FARTHEST 64             /* pages; as MAX_STRIDE in prefetch/streams.py */
 #define QUIET_NS 20000000ull
+#define FOLLOW_NS 20000000ull
 #define SPIN_MOST_NS 100000ull
 #define GAP_MOST_NS 1000000ull
 
@@ -36,7 +38,8 @@ static uint64_t preemptions(void)
  */
 static uint64_t spin_until(struct dmh_ctx *c, int spin_us, uint64_t now)
 {
-    if (!spin_us || now < c->quiet_until_ns)
+    /* On the processor that we share with the thread that faults, spinning would keep it from faulting. */
+    if (!spin_us || c->followed_cpu >= 0 || now < c->quiet_until_ns)
         return 0;
     if (spin_us > 0)
         return c->last_ns + (uint64_t)spin_us * 1000;
@@ -62,6 +65,58 @@ static int wait_for_messages(struct dmh_ctx *c, struct epoll_event *ready, int t
             c->quiet_until_ns = now + QUIET_NS;
     }
     return epoll_wait(c->epoll_fd, ready, MESSAGES, timeout_ms);
+}
+
+static void run_on(struct dmh_shared *s, int cpu)
+{
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int i = 0; i < CPU_SETSIZE; i++)
+        if (cpu < 0 || i == cpu)
+            CPU_SET(i, &set);
+    /* The monitor and the resolver that takes single faults; the other resolvers and the evictor work beside the program. */
+    sched_setaffinity(0, sizeof set, &set);
+    if (s->pids[1])
+        sched_setaffinity((pid_t)s->pids[1], sizeof set, &set);
+}
+
+/* The processor that a thread runs, or ran last, on; -1 if it is gone. */
+static int processor_of(int pid, uint32_t thread)
+{
+    char path[64], text[1024], *p;
+    snprintf(path, sizeof path, "/proc/%d/task/%u/stat", pid, thread);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (n <= 0)
+        return -1;
+    text[n] = 0;
+    p = strrchr(text, ')'); /* the name before it may hold anything */
+    for (int field = 2; p && field < 39; field++)
+        p = strchr(p + 1, ' ');
+    return p ? atoi(p + 1) : -1;
+}
+
+/*
+ * Where cross-processor wake-ups are dear: while one thread alone faults, work on the processor that it has just left; it sleeps there until we
+ * are done.  When several threads fault, run anywhere.
+ */
+static void follow(struct dmh_ctx *c, struct view *v, uint32_t thread, uint64_t now)
+{
+    if (thread != c->followed_thread)
+        c->other_threads++;
+    if (now < c->look_at_ns)
+        return;
+    int cpu = c->other_threads > 2 ? -1 : processor_of(v->pid, thread);
+    c->look_at_ns = now + FOLLOW_NS;
+    c->followed_thread = thread;
+    c->other_threads = 0;
+    if (cpu != c->followed_cpu) {
+        c->followed_cpu = cpu;
+        run_on(c->s, cpu);
+    }
 }
 
 /* Resolve here, without asking anybody, what cannot block; stored pages from the page file where the kernel has them in memory. */
@@ -208,6 +263,8 @@ int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout
                 count(c, DMH_C_REFUSED, 1);
                 continue;
             }
+            if (c->follow)
+                follow(c, v, messages[j].arg.pagefault.feat.ptid, at);
             if (look_up(c, v, address, page))
                 out[n++] = (struct dmh_request){ .page = page, .stride = 1, .view = v->id, .demand = 1, .ns = at,
                                                  .thread = messages[j].arg.pagefault.feat.ptid };

@@ -244,9 +244,11 @@ struct dmh_lane *dmh_lane_of(struct dmh_shared *s, uint32_t worker)
 int dmh_hand_over(struct dmh_ctx *c, const struct dmh_request *r)
 {
     struct dmh_shared *s = c->s;
-    uint32_t best = 1;
     uint64_t least = UINT64_MAX;
-    for (uint32_t n = 1; n + 1 < s->workers && least; n++) {
+    /* A window is work beside the program's; resolver 1 may be on the program's own processor. */
+    uint32_t first = r->window && s->workers > 3 ? 2 : 1;
+    uint32_t best = first;
+    for (uint32_t n = first; n + 1 < s->workers && least; n++) {
         uint64_t load = s->dispatched[n] - LOAD(&s->completed[n]);
         if (load < least)
             best = n, least = load;

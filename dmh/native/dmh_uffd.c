@@ -156,14 +156,17 @@ struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_bas
     c->region_fd = region_fd;
     c->slots_base = slots_base;
     c->worker = worker;
+    s->pids[worker] = (uint32_t)getpid();
     c->epoll_fd = c->event_fd = c->store_fd = -1;
     c->gap_ns = 1000000;
     return c;
 }
 
-/* Monitor: the views added from now on are read by dmh_receive. */
-int dmh_ctx_watch(struct dmh_ctx *c)
+/* Monitor: the views added from now on are read by dmh_receive; with `follow`, the fault path moves to where the faults come from. */
+int dmh_ctx_watch(struct dmh_ctx *c, int follow)
 {
+    c->follow = follow;
+    c->followed_cpu = -1;
     c->seen = calloc(c->s->pages, sizeof *c->seen);
     c->recent = calloc(RECENT_THREADS, sizeof *c->recent);
     c->epoll_fd = epoll_create1(EPOLL_CLOEXEC);

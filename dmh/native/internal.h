@@ -77,6 +77,9 @@ struct dmh_ctx {
     struct dmh_plan *plan;
     struct recent *recent;      /* by hash of the thread */
     uint64_t last_ns;           /* when the last message came: for spinning */
+    int follow, followed_cpu;   /* -1: nobody in particular, run anywhere */
+    uint32_t followed_thread, other_threads;
+    uint64_t look_at_ns;        /* when to look again where the thread runs */
     uint64_t gap_ns;            /* the usual time from one message to the next, smoothed */
     uint64_t quiet_until_ns;    /* no spinning before: somebody else needed the processor */
 };

@@ -29,7 +29,7 @@ from dmh.region.extents import Extents
 from dmh.service.channel import Channel, Message
 from dmh.service.clients import Client, Clients
 from dmh.service.paths import ServiceDirectory, control_socket
-from dmh.service.placement import fault_path_cpus
+from dmh.service.placement import Placement
 from dmh.service.pool import Pool, WorkerProcess
 from dmh.service.worker import Setup
 from dmh.store.base import StoreSpec
@@ -105,6 +105,7 @@ class Launcher:
         self._own(pipe[0], pipe[1])
         self.table = Table(table_fd)
         self._undo.callback(self.table.close)
+        placement = Placement.of(config.workers.cpus)
         setup = Setup(
             name=self.name,
             number=0,
@@ -115,7 +116,8 @@ class Launcher:
             policy=config.evictor.policy,
             inline=config.workers.inline,
             spin_us=self._spin_us(),
-            cpus=fault_path_cpus(config.workers.cpus),
+            cpus=placement.cpus,
+            follow=placement.follow,
             store=spec_to_wire(spec),
             retry={"timeout": config.store.timeout, "wait": config.store.on_failure == "wait"},
             log_level=log.getEffectiveLevel(),

@@ -2,7 +2,8 @@
 
 Owns the probe and the choice; the processes apply it to themselves.  On small virtual machines waking a thread on a sleeping processor costs some
 25 µs, several times what resolving a fault takes.  A fault through the pool has four such wake-ups on its way (the monitor, two ZeroMQ
-I/O threads, the resolver): on one processor they are ordinary context switches of 1-2 µs.
+I/O threads, the resolver): on one processor they are ordinary context switches of 1-2 µs.  So where they are dear the fault path follows the thread
+that faults, which sleeps meanwhile; everything else (windows, eviction) stays beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 DEAR_US = 10.0
 """A cross-processor wake-up above this makes `auto` put the fault path on one processor."""
@@ -49,16 +51,22 @@ def cross_cpu_wake_us(cpus: Sequence[int]) -> float:
     return sorted(times)[ROUNDS // 2]
 
 
-def fault_path_cpus(setting: str | Sequence[int]) -> list[int]:
-    """Processors for the monitor and the first resolver, empty for any.
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the fault path (monitor and first resolver) runs.
 
-    Args:
-        setting: `workers.cpus`: "auto", "any", or a list of processors.
+    Attributes:
+        cpus: processors it is bound to; none: any.
+        follow: it moves to the processor of the thread that faults.
     """
-    allowed = sorted(os.sched_getaffinity(0))
-    if setting == "any" or len(allowed) < 2:
-        return []
-    if setting == "auto":
-        # The last one: what nobody places tends to start on the first.
-        return [allowed[-1]] if cross_cpu_wake_us(allowed) > DEAR_US else []
-    return [cpu for cpu in setting if isinstance(cpu, int)]
+
+    cpus: list[int]
+    follow: bool
+
+    @classmethod
+    def of(cls, setting: str | Sequence[int]) -> Placement:
+        """What `workers.cpus` ("auto", "any", or a list of processors) means on this machine."""
+        allowed = sorted(os.sched_getaffinity(0))
+        if isinstance(setting, str):
+            return cls([], setting == "auto" and len(allowed) > 1 and cross_cpu_wake_us(allowed) > DEAR_US)
+        return cls(list(setting), False)

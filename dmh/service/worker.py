@@ -50,6 +50,7 @@ class Setup:
     retry: dict[str, Any]
     log_level: int
     cpus: list[int]
+    follow: bool
 
     DESCRIPTORS = ("region", "table", "slots", "pipe_out", "pipe_in")
 
