@@ -59,13 +59,14 @@ class Lpet:
         self._policy.arrived(missing, [False] * len(missing))
 
     def due(self) -> int:
-        """How many local pages are too many now; 0 below the high threshold."""
+        """How many local pages are too many now; 0 until the high threshold is passed, or the hard bound keeps somebody waiting.
+
+        A fault that finds the threshold reached has reserved its page's place before it rings, so it stands above the threshold.
+        """
         raw = self._table.raw
         local = self._table.local
-        if local >= int(raw.high):
-            return local - int(raw.low)
-        # The hard bound can be reached below the high threshold, when few slots are in use.
-        return 1 if raw.room_waiters and self._table.resident >= int(raw.resident_max) else 0
+        waiting = raw.room_waiters and self._table.resident >= int(raw.resident_max)
+        return max(local - int(raw.low), 1) if local > int(raw.high) or waiting else 0
 
     def run(self, keep_going: Callable[[], bool]) -> int:
         """One run: evict as many pages as were too many at its start.  Returns how many it could not find."""

@@ -3,8 +3,11 @@
 
 #include <signal.h>
 
-static void ring_at_high(struct dmh_ctx *c)
+/* A page that comes back from the victim buffer is local already: taking it back does not ring. */
+static void ring_at_high(struct dmh_ctx *c, uint64_t page)
 {
+    if (word_state(LOAD(&c->words[page])) == DMH_STAGED)
+        return;
     if (LOAD(&c->s->resident) + LOAD(&c->s->staged) > c->s->high) {
         count(c, DMH_C_RINGS, 1);
         dmh_ring_bell(c->s);
@@ -45,7 +48,7 @@ int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t wo
     uint32_t state = word_state(word);
     if (!dmh_reserve(c->s, 1))
         return 0;
-    ring_at_high(c);
+    ring_at_high(c, page);
     if (!move_word(c, page, &word, DMH_FETCHING, c->worker, word_slot(word))) {
         dmh_release(c->s, 1);
         return 0;
@@ -91,7 +94,7 @@ int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, 
         window = DMH_MAX_RUN - 1;
     uint32_t wanted = window + (demand ? 1 : 0);
     uint64_t granted = dmh_reserve(s, wanted);
-    ring_at_high(c);
+    ring_at_high(c, page);
     if (!granted) {
         p->room_wanted = (uint32_t)demand;
         return 0;

@@ -229,6 +229,16 @@ def test_it_is_not_verified_before_every_phase_is_done() -> None:
     assert not progress.verified
 
 
+def test_the_total_is_that_of_the_phases_that_are_done() -> None:
+    progress = Progress()
+    for name in ("fill", "checksum"):
+        progress.told(b'{"began": "%b"}' % name.encode(), 0.0)
+        progress.told(b'{"ended": "%b", "seconds": 1.5, "counters": {"faults": 7}}' % name.encode(), 1.5)
+    progress.told(b'{"began": "random updates"}', 3.0)
+    total = progress.total()
+    assert (total.seconds, total.counters) == (3.0, {"faults": 14})
+
+
 # ---- the command
 
 

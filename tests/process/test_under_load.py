@@ -216,7 +216,7 @@ class TestEveryType:
         assert float(cube.sum(dtype="f8")) == float(expected.sum(dtype="f8"))
 
 
-def against_a_model(region: dmh.Region, pages: int) -> type[RuleBasedStateMachine]:
+def against_a_model(region: dmh.Region, look: Inside, pages: int) -> type[RuleBasedStateMachine]:
     """A state machine over arrays of `region`; the model is a bytearray."""
     size = pages * region.page_size
     places = st.integers(0, size - 1)
@@ -288,15 +288,14 @@ def against_a_model(region: dmh.Region, pages: int) -> type[RuleBasedStateMachin
 
         @invariant()
         def within_bounds(self) -> None:
-            if not hasattr(type(self), "look"):
-                type(self).look = Inside(region._connection._launcher.pid)  # type: ignore[union-attr]
-            self.look.table.validate()  # type: ignore[attr-defined]
+            look.table.validate()
 
         def teardown(self) -> None:
             while self.pinned:
                 self.unpin()
             assert np.array_equal(self.array, self.model)
-            self.look.validate()  # type: ignore[attr-defined]
+            look.validate()
+            del self.array  # Hypothesis keeps the machine
 
     return AgainstAModel
 
@@ -309,11 +308,10 @@ def test_any_use_agrees_with_a_model(open_region: OpenRegion, tmp_path: Path, po
         f"region.page_size={page_size}", f"region.size={128 * page_size}", f"memory.limit={12 * page_size}", "evictor.buffer=3 pages",
         f"evictor.policy={policy}", f"store.url={'memory:' if store == 'memory' else f'file://{tmp_path}/pages'}",
     )  # fmt: skip
-    machine = against_a_model(region, 24)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=25, stateful_step_count=30, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
-    machine.look.close()  # type: ignore[attr-defined]
+    with inside(region) as look:
+        run_state_machine_as_test(
+            against_a_model(region, look, 24),
+            settings=settings(
+                max_examples=25, stateful_step_count=30, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+            ),
+        )
