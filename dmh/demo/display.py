@@ -69,11 +69,25 @@ class Display:
             soft_wrap=True,
         )
         self.console.print("verified ", _verdict(progress, self._job), soft_wrap=True)
-        self.console.print(f"\n{_sentence(progress, self._job, seconds)}", soft_wrap=True)
+        self.console.print(f"\n{_sentence(progress, self._job, seconds)}", soft_wrap=not self._live)
 
 
 def _mb(size: float) -> str:
     return f"{size / MEGABYTE:,.1f}"
+
+
+def _bar(fraction: float, colour: str, blind_at: float | None = None) -> ProgressBar:
+    """A bar; with `blind_at`, the time, one that only shows that something goes on."""
+    return ProgressBar(
+        1.0,
+        min(fraction, 1.0),
+        width=BAR_WIDTH,
+        pulse=blind_at is not None,
+        animation_time=blind_at,
+        complete_style=colour,
+        finished_style=colour,
+        pulse_style=colour,
+    )
 
 
 def _phases(progress: Progress, now: float) -> RenderableType:
@@ -88,7 +102,7 @@ def _phases(progress: Progress, now: float) -> RenderableType:
             continue
         running = phase.state == "running"
         blind = running and phase.fraction is None
-        bar = ProgressBar(1.0, phase.fraction or 0.0, width=BAR_WIDTH, pulse=blind, animation_time=now)
+        bar = _bar(phase.fraction or 0.0, "green", blind_at=now if blind else None)
         share = "" if phase.fraction is None else f"{phase.fraction:.0%}"
         took = now - phase.began if running else phase.seconds
         grid.add_row(Text(phase.name, "bold" if running else ""), bar, share, f"{took:.1f} s")
@@ -101,10 +115,9 @@ def _memory(progress: Progress, job: Job) -> RenderableType:
     grid.add_column(width=NAME_WIDTH)
     grid.add_column(width=BAR_WIDTH)
     grid.add_column()
-    bar = ProgressBar(
-        job.limit, min(progress.resident, job.limit), width=BAR_WIDTH, complete_style="cyan", finished_style="cyan"
+    grid.add_row(
+        "resident/limit", _bar(progress.resident / job.limit, "cyan"), f"{_mb(progress.resident)} / {_mb(job.limit)} MB"
     )
-    grid.add_row("resident/limit", bar, f"{_mb(progress.resident)} / {_mb(job.limit)} MB")
     traffic = f"{rates.faults:,.0f} faults/s   fetched {_mb(rates.fetched)} MB/s   written {_mb(rates.written)} MB/s"
     return Group(grid, traffic)
 

@@ -59,18 +59,23 @@ class Lpet:
         self._policy.arrived(missing, [False] * len(missing))
 
     def due(self) -> int:
-        """How many local pages are too many now; 0 until the high threshold is passed, or the hard bound keeps somebody waiting.
+        """How many local pages are too many now; 0 until the high threshold is reached.
 
-        A fault that finds the threshold reached has reserved its page's place before it rings, so it stands above the threshold.
+        Counted from what the fault that rang had found, its own page not included; from what is local now where a fault waits at the hard
+        bound, or where nobody rang and there is still too much.
         """
         raw = self._table.raw
-        local = self._table.local
-        waiting = raw.room_waiters and self._table.resident >= int(raw.resident_max)
-        return max(local - int(raw.low), 1) if local > int(raw.high) or waiting else 0
+        local, low = self._table.local, int(raw.low)
+        if raw.room_waiters and self._table.resident >= int(raw.resident_max):
+            return max(local - low, 1)
+        if raw.rung_at:
+            return max(min(int(raw.rung_at), local) - low, 0)
+        return local - low if local > int(raw.high) else 0
 
     def run(self, keep_going: Callable[[], bool]) -> int:
         """One run: evict as many pages as were too many at its start.  Returns how many it could not find."""
         quota = self.due()
+        self._table.raw.rung_at = 0
         if not quota:
             return 0
         self._table.count(self._number, "runs")
@@ -89,6 +94,7 @@ class Lpet:
                 # Nothing of the policy's is left to evict; what an earlier write failed on may be.
                 self._leaver.write_staged()
                 break
+        self._table.raw.rung_at = 0  # who rang meanwhile has been served by this run
         return max(quota, 0)
 
     def evict(self, pages: npt.NDArray[np.uint64]) -> None:

@@ -21,6 +21,7 @@ struct dmh_shared {
     uint64_t words_at, sums_at, copies_at, pins_at, slots_at, rings_at, journal_at, lanes_at, bytes; /* offsets from here */
     uint64_t resident;          /* pages that occupy, or are promised, memory of the region; <= resident_max */
     uint64_t staged;            /* slots in use; <= slots */
+    uint64_t rung_at;           /* local pages that the fault which rang had found; 0: nobody has since LPET last ran */
     uint64_t clock;             /* orders the arrivals of pages */
     uint64_t pinned;            /* pages with a pin */
     uint32_t bell;              /* futex: rung to wake LPET */

@@ -3,15 +3,18 @@
 
 #include <signal.h>
 
-/* A page that comes back from the victim buffer is local already: taking it back does not ring. */
-static void ring_at_high(struct dmh_ctx *c, uint64_t page)
+/*
+ * Step 3: ring LPET if what is local has reached the high threshold.  `granted` pages of it are this fault's own, not yet here.  A page that comes
+ * back from the victim buffer is local already, and does not ring.
+ */
+static void ring_at_high(struct dmh_ctx *c, uint64_t page, uint64_t granted)
 {
-    if (word_state(LOAD(&c->words[page])) == DMH_STAGED)
+    uint64_t local = LOAD(&c->s->resident) + LOAD(&c->s->staged), none = 0;
+    if (local <= c->s->high || word_state(LOAD(&c->words[page])) == DMH_STAGED)
         return;
-    if (LOAD(&c->s->resident) + LOAD(&c->s->staged) > c->s->high) {
-        count(c, DMH_C_RINGS, 1);
-        dmh_ring_bell(c->s);
-    }
+    CAS(&c->s->rung_at, &none, local - granted > c->s->high ? local - granted : c->s->high);
+    count(c, DMH_C_RINGS, 1);
+    dmh_ring_bell(c->s);
 }
 
 static void add(struct dmh_plan *p, uint64_t page, uint64_t word, uint8_t kind)
@@ -48,7 +51,7 @@ int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t wo
     uint32_t state = word_state(word);
     if (!dmh_reserve(c->s, 1))
         return 0;
-    ring_at_high(c, page);
+    ring_at_high(c, page, 1);
     if (!move_word(c, page, &word, DMH_FETCHING, c->worker, word_slot(word))) {
         dmh_release(c->s, 1);
         return 0;
@@ -94,7 +97,7 @@ int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, 
         window = DMH_MAX_RUN - 1;
     uint32_t wanted = window + (demand ? 1 : 0);
     uint64_t granted = dmh_reserve(s, wanted);
-    ring_at_high(c, page);
+    ring_at_high(c, page, granted);
     if (!granted) {
         p->room_wanted = (uint32_t)demand;
         return 0;

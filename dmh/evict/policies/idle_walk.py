@@ -46,6 +46,8 @@ class IdleWalk(Policy):
     def choose(self, evict: int, mark: int, is_idle: IsIdle) -> Choice:
         choice = Choice()
         for _ in range(2 * len(self._circle)):
+            if not self._circle:
+                break
             page = next(iter(self._circle))
             if self._circle[page]:
                 if len(choice.evict) == evict or choice.mark:
