@@ -22,6 +22,7 @@ from dmh.lspt.states import State
 from dmh.native import lib
 from dmh.service.channel import Message
 from dmh.service.worker import Worker
+from dmh.store.registry import spec_from_wire, store_class
 from dmh.store.retry import Stopped
 
 IDLE_MS = 1000
@@ -117,6 +118,10 @@ def main() -> None:
     worker.start(on_stop=lambda: None)
     evictor.run()
     evictor.store.close()
+    if worker.orphaned:
+        # The launcher was killed, and cannot remove what its store has on disk or on a server.
+        spec = spec_from_wire(worker.setup.store)
+        store_class(spec.url).remove(spec)
 
 
 if __name__ == "__main__":

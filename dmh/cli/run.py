@@ -57,11 +57,15 @@ def run(args: argparse.Namespace) -> int:
     with Launcher(config) as launcher:
         launcher.start()
         with _Signals() as signals:
-            child = subprocess.Popen(
-                command,
-                env=os.environ | {SOCKET_VARIABLE: str(launcher.socket_path)},
-                preexec_fn=signals.prepare_child,  # the launcher has one thread besides, which only waits for signals
-            )
+            try:
+                child = subprocess.Popen(
+                    command,
+                    env=os.environ | {SOCKET_VARIABLE: str(launcher.socket_path)},
+                    preexec_fn=signals.prepare_child,  # the launcher has one thread besides, which only waits for signals
+                )
+            except OSError as error:
+                print(f"dmh run: {command[0]}: {error.strerror}", file=sys.stderr)
+                return NOT_EXECUTABLE
             signals.child = child
             _stop_when_over(launcher, child)
             launcher.run()
@@ -106,7 +110,8 @@ def _die_by(number: signal.Signals) -> None:
     """End as the program did, so that whoever started dmh sees what he would have seen without it."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(number, signal.SIG_DFL)
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     os.kill(os.getpid(), number)
 

@@ -41,7 +41,7 @@ class Resolver:
         self._buffer_pointer = ffi.from_buffer("uint8_t[]", self._buffer)
         self._stored = np.frombuffer(ffi.buffer(self._plan.stored), np.uint64)
         self._found = np.frombuffer(ffi.buffer(self._plan.found), np.uint8)
-        self._most = window
+        self._most = max(window, 1)  # what is asked for page by page is not read-ahead
 
     def resolve(self, request: Request | Any, *, demand: bool) -> None:
         """Steps 4 to 6 of a fault, from a frame or from the lane (a native request has the same fields); with `demand` false only the window is wanted, and nobody waits for it."""

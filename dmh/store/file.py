@@ -41,6 +41,7 @@ class FileStore(PagedFile):
         opened: list[int] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            cls._check_room(path, spec)
             for name, size in ((path, spec.pages * spec.page_size), (_index_of(path), spec.pages * 8)):
                 fd = os.open(name, flags, 0o600)
                 opened.append(fd)
@@ -52,7 +53,6 @@ class FileStore(PagedFile):
                     ) from None
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, size)
-            cls._check_room(path, spec)
         except (OSError, StoreError) as error:
             for fd in opened:
                 os.close(fd)
@@ -66,8 +66,6 @@ class FileStore(PagedFile):
         disk = os.statvfs(path.parent)
         needed, free = spec.pages * spec.page_size, disk.f_bavail * disk.f_frsize
         if needed > free:
-            path.unlink(missing_ok=True)
-            _index_of(path).unlink(missing_ok=True)
             raise StoreError(
                 f"the disk of {path} has {free / 2**30:.1f} GiB free, and a region of {needed / 2**30:.1f} GiB may fill all of it: "
                 f"make region.size smaller, or put store.url on a larger disk",

@@ -31,10 +31,10 @@ class TestArrays:
         assert float(array.sum()) == 60_000
 
     def test_the_pages_of_an_array_that_is_gone_are_given_back_everywhere(self, open_region: OpenRegion) -> None:
-        region = open_region()
+        region = open_region("prefetch.enabled=false")
         array = region.empty(region.page_size * 100, "u1")
         array[:] = 7
-        region.evict(array)
+        region.evict()
         assert region.stats().store["pages"] == 100
         view = array[5000:6000]
         del array
@@ -109,7 +109,7 @@ class TestHints:
         assert region.stats().counters["discarded"] > 0
 
     def test_flush_gives_the_store_every_page_and_keeps_them_resident(self, open_region: OpenRegion) -> None:
-        region = open_region()
+        region = open_region("prefetch.enabled=false")
         array = region.empty(20 * 4096, "u1")
         array[:] = 5
         region.flush(array)
@@ -122,7 +122,7 @@ class TestHints:
         assert (array == 5).all()
 
     def test_evict_and_prefetch(self, open_region: OpenRegion) -> None:
-        region = open_region()
+        region = open_region("prefetch.enabled=false")
         array = region.empty(10 * 4096, "u1")
         array[:] = 3
         region.evict(array)
