@@ -116,12 +116,12 @@ def main() -> None:
     worker = Worker("evictor")
     evictor = Evictor(worker)
     worker.start(on_stop=lambda: None)
-    evictor.run()
-    evictor.store.close()
-    if worker.orphaned:
-        # The launcher was killed, and cannot remove what its store has on disk or on a server.
-        spec = spec_from_wire(worker.setup.store)
-        store_class(spec.url).remove(spec)
+    spec = spec_from_wire(worker.setup.store)
+    try:
+        evictor.run()
+    finally:
+        evictor.store.close()
+        worker.after_launcher(lambda: store_class(spec.url).remove(spec))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ Between two messages it holds no page and remembers nothing that matters: if it 
 
 from __future__ import annotations
 
-import contextlib
-
-from dmh.errors import ServiceError
 from dmh.fault.dispatch import Dispatcher
 from dmh.native import check, ffi, lib
 from dmh.prefetch.streams import Streams
@@ -72,10 +69,7 @@ def main() -> None:
                 if wish.resolver:
                     dispatcher.deliver(wish)
     dispatcher.close()
-    if worker.orphaned:
-        # The launcher was killed: what it would have removed at its end is removed here, once its lock is free.
-        with contextlib.suppress(ServiceError, OSError):
-            ServiceDirectory(setup.name).remove()
+    worker.after_launcher(lambda: ServiceDirectory(setup.name).remove())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the only one that reads the channel; the main thread does the work and never blo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import mmap
 import os
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dmh.errors import DmhError, ProtocolError
+from dmh.errors import DmhError, ProtocolError, ServiceError
 from dmh.lspt.table import Table
 from dmh.native import check, ffi, lib
 from dmh.service.channel import Channel, Message, close_all
@@ -64,6 +66,7 @@ class Worker:
         parser = argparse.ArgumentParser(prog=f"workers.{role}", description="started by dmh's launcher, not by hand")
         parser.add_argument("--control-fd", type=int, required=True)
         fd = parser.parse_args().control_fd
+        self._launcher = os.getppid()
         self.channel = Channel(socket.socket(fileno=fd))
         answer = self.channel.receive()
         if answer is None:
@@ -140,7 +143,18 @@ class Worker:
     def reply(self, message: Message, **answer: Any) -> None:
         """Answer a control message that asked for an answer."""
         if "id" in message:
-            self.channel.send({"op": "reply", "id": message["id"], **answer})
+            with contextlib.suppress(ServiceError):  # a launcher that is gone needs no answer; the control thread notices
+                self.channel.send({"op": "reply", "id": message["id"], **answer})
+
+    def after_launcher(self, clear: Callable[[], None]) -> None:
+        """Where the launcher was killed, do what it would have done at its end, once its locks are free."""
+        if not self.orphaned:
+            return
+        deadline = time.monotonic() + 5
+        while os.getppid() == self._launcher and time.monotonic() < deadline:
+            time.sleep(0.01)  # its descriptors close one after the other; ours was not the last
+        with contextlib.suppress(DmhError, OSError):
+            clear()
 
     def _read_channel(self) -> None:
         while True:
