@@ -1,7 +1,7 @@
 """dmh, the DM-Handler: a program uses more memory than it is given.
 
-A *region* of address space is paged, through Linux's userfaultfd, to a page store: a file, memory, Redis or Valkey.  Arrays in it are ordinary
-NumPy arrays.
+A *region* of address space is paged, through Linux's userfaultfd, to a page store: a file, memory, Redis or Valkey.
+Arrays in it are ordinary NumPy arrays.
 
     import dmh
 
@@ -10,8 +10,8 @@ NumPy arrays.
 
     region = dmh.attach()                                    # inside `dmh run`, or beside `dmh serve`
 
-What this module exports is the public interface.  It is imported lazily, so that the workers start fast and a tree can be built before its
-native module exists.
+What this module exports is the public interface.  It is imported lazily, so that the workers start fast and a tree
+can be built before its native module exists.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The frames between the monitor and the resolvers.  Pure.
 
-A frame is ``b"dm"``, a version byte, a kind byte, then records of one fixed size.  Whatever does not parse is a ProtocolError:
-the receiver counts it and goes on, because a dropped message is always safe (whoever waits is woken and faults again).
+A frame is ``b"dm"``, a version byte, a kind byte, then records of one fixed size.  Whatever does not parse is a
+ProtocolError: the receiver counts it and goes on, because a dropped message is always safe (whoever waits is woken
+and faults again).
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def redis_server(start_redis: Callable[..., RedisServer]) -> RedisServer:
 def open_region() -> Iterator[Callable[..., dmh.Region]]:
     """Starts a service of the test's own with settings such as "memory.high=4 pages" and maps its region.
 
-    At the end every region is closed, and nothing of it may be left: no process, no socket, no descriptor, no shared memory.
+    At the end every region is closed, and nothing of it may be left: no process, no socket, no descriptor, no shared
+    memory.
     """
     before = traces()
     opened: list[tuple[dmh.Region, list[int]]] = []

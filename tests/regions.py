@@ -1,7 +1,7 @@
 """Live regions for tests: started with few settings, looked into from outside, and checked to leave nothing behind.
 
-Owns the look through /proc at a running service: its processes, its shared page table, its memory.  The fixture `open_region` in
-conftest.py owns the regions' lifetime.
+Owns the look through /proc at a running service: its processes, its shared page table, its memory.  The fixture
+`open_region` in conftest.py owns the regions' lifetime.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Inside:
         return [self.table.state(page) for page in range(first, first + count)]
 
     def validate(self) -> None:
-        """Check what must hold once nothing is under way any more: counters, page states, slots and the kernel agree."""
+        """Check what must hold once nothing is under way any more: counters, page states, slots and the kernel
+        agree.
+        """
         deadline = time.monotonic() + 10
         while problems := self._disagreements():
             # LPET may be at work, between a page's state and its slot's: only what stays is wrong.

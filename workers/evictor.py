@@ -5,8 +5,8 @@
     above the high threshold: mark and evict until the low one      dmh.evict.lpet, with the policy
     answer requests: discard, evict, flush, pin, unpin
 
-It is the only process that takes pages out of the region and the only one that writes to the DMS, all in one thread: so no page has two
-writers and no old version overtakes a new one.
+It is the only process that takes pages out of the region and the only one that writes to the DMS, all in one thread:
+so no page has two writers and no old version overtakes a new one.
 """
 
 from __future__ import annotations

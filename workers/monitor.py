@@ -8,7 +8,8 @@
     one that needs no waiting: resolve it here                native (workers.inline)
     any other: to the resolver with the least to do           its lane if it is awake, ZeroMQ if it sleeps
 
-Between two messages it holds no page and remembers nothing that matters: if it dies, waking every thread makes the kernel say again what is still wanted.
+Between two messages it holds no page and remembers nothing that matters: if it dies, waking every thread makes the
+kernel say again what is still wanted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def main() -> None:
     check(lib.dmh_ctx_watch(context, setup.follow), "watching userfaultfds")
     store = worker.open_store() if setup.inline else None
     if store is not None:
-        # What cannot block is resolved where it is seen; of a store that is local to this machine, that includes stored pages.
+        # What cannot block is resolved where it is seen; of a store that is local to this machine, that includes
+        # stored pages.
         lib.dmh_ctx_inline(context, *(store.local() if isinstance(store, PagedFile) else (-1, ffi.NULL)))
     dispatcher = Dispatcher(setup.directory, setup.resolvers)
     streams = Streams(setup.window)

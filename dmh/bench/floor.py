@@ -1,7 +1,8 @@
 """The floor: the least that resolving a page fault in another process can cost.
 
-A region of the same kind (a shared memfd), a handler process that polls, reads one message and issues one UFFDIO_COPY (C, in the native
-module), and nothing else: no table, no store, no eviction.  ``python -m dmh.bench.floor`` is the handler process.
+A region of the same kind (a shared memfd), a handler process that polls, reads one message and issues one UFFDIO_COPY
+(C, in the native module), and nothing else: no table, no store, no eviction.  ``python -m dmh.bench.floor`` is the
+handler process.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Floor:
     def __enter__(self) -> Floor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._stop)
         self._process.wait()
         assert self._process.stdout is not None

@@ -4,8 +4,8 @@
     soft   a page that is still in the victim buffer             (dmh only: nobody else has one)
     store  a page that the store has, in random order
 
-The floor is the minimal C handler in another process (`dmh.bench.floor`), on a memfd, as dmh's region is.  `memmap` is numpy.memmap of a file in
-the page cache: the kernel's own fault on the same machine.
+The floor is the minimal C handler in another process (`dmh.bench.floor`), on a memfd, as dmh's region is.  `memmap`
+is numpy.memmap of a file in the page cache: the kernel's own fault on the same machine.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def run(options: Options, progress: Callable[[str], None]) -> list[Row]:
     return rows
 
 
-def _region(options: Options, pages: int, *, inline: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202 - a context manager of `service`
-    # Room for everything, twice: nothing is evicted, and the zero case gets new pages while the old ones are being given back.
+def _region(options: Options, pages: int, *, inline: bool):  # type: ignore[no-untyped-def]
+    # Room for everything, twice: nothing is evicted, and the zero case gets new pages while the old ones are being
+    # given back.
     size = 8 * pages * options.page_size
     return service(options, size=size, limit=size // 2, inline=inline)
 

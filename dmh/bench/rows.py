@@ -1,7 +1,7 @@
 """What a benchmark yields, and how its runs are interleaved.  Pure but for the clock that the subjects read.
 
-A *subject* is something that is measured (`dmh`, `floor`, `memmap`); all subjects of a case run in turn, again and again (A B C A B C), so that
-what the machine does meanwhile falls on all of them alike.
+A *subject* is something that is measured (`dmh`, `floor`, `memmap`); all subjects of a case run in turn, again and
+again (A B C A B C), so that what the machine does meanwhile falls on all of them alike.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Row:
         return asdict(self)
 
 
-def interleave(subjects: Mapping[str, Callable[[], Samples]], runs: int, progress: Callable[[str], None]) -> dict[str, list[Samples]]:
+def interleave(
+    subjects: Mapping[str, Callable[[], Samples]], runs: int, progress: Callable[[str], None]
+) -> dict[str, list[Samples]]:
     """Run every subject `runs` times, in turn, after one round that is not counted."""
     results: dict[str, list[Samples]] = {name: [] for name in subjects}
     for number in range(-1, runs):
@@ -58,9 +60,18 @@ def interleave(subjects: Mapping[str, Callable[[], Samples]], runs: int, progres
 
 
 def summarize(
-    benchmark: str, case: str, metric: str, unit: str, results: dict[str, list[Samples]], baseline: str, *, rate: bool = False
+    benchmark: str,
+    case: str,
+    metric: str,
+    unit: str,
+    results: dict[str, list[Samples]],
+    baseline: str,
+    *,
+    rate: bool = False,
 ) -> list[Row]:
-    """Rows of one case.  Where the metric is a rate, more is better, so the 99th percentile is counted from the other end."""
+    """Rows of one case.  Where the metric is a rate, more is better, so the 99th percentile is counted from the
+    other end.
+    """
     joined = {name: np.concatenate(samples) for name, samples in results.items()}
     base = float(np.median(joined[baseline])) if baseline in joined else None
     rows = []
@@ -69,6 +80,17 @@ def summarize(
         ratio = None if base is None or name == baseline else median / base
         tail = float(np.percentile(values, 1 if rate else 99))
         rows.append(
-            Row(benchmark, case, name, metric, unit, median, tail, len(results[name]), ratio, None if ratio is None else baseline)
+            Row(
+                benchmark,
+                case,
+                name,
+                metric,
+                unit,
+                median,
+                tail,
+                len(results[name]),
+                ratio,
+                None if ratio is None else baseline,
+            )
         )
     return rows

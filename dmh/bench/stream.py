@@ -3,8 +3,9 @@
     read    sum of all words, first to last
     update  add one to every word
 
-The read is a C loop over 8-byte words, so that Python is not what is measured; the sum is checked.  `memmap` is numpy.memmap of a file that is
-warm in the page cache and under no limit: what the kernel gives where memory does not run out.
+The read is a C loop over 8-byte words, so that Python is not what is measured; the sum is checked.  `memmap` is
+numpy.memmap of a file that is warm in the page cache and under no limit: what the kernel gives where memory does not
+run out.
 """
 
 from __future__ import annotations

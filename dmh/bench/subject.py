@@ -66,14 +66,18 @@ class Mismatch(DmhError):
 
 
 def stamp(array: npt.NDArray[np.uint64], page_size: int) -> None:
-    """Write into every page something that only this page has: its number, at the page's first word, over a mixed filling."""
+    """Write into every page something that only this page has: its number, at the page's first word, over a mixed
+    filling.
+    """
     words = page_size // 8
     step = 1024
     pages = len(array) // words
     for first in range(0, pages, step):
         n = min(step, pages - first)
         part = array[first * words : (first + n) * words].reshape(n, words)
-        part[:] = (np.arange(first, first + n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))[:, None] + np.arange(words, dtype=np.uint64)
+        part[:] = (np.arange(first, first + n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))[:, None] + np.arange(
+            words, dtype=np.uint64
+        )
         part[:, 0] = np.arange(first, first + n)
 
 
@@ -85,7 +89,9 @@ def stamped_sum(pages: int, page_size: int) -> int:
     for first in range(0, pages, 4096):
         numbers = np.arange(first, min(first + 4096, pages), dtype=np.uint64)
         mixed = numbers * np.uint64(0x9E3779B97F4A7C15)
-        total += int(numbers.sum()) + int((mixed * np.uint64(words - 1)).sum()) + len(numbers) * (words * (words - 1) // 2)
+        total += (
+            int(numbers.sum()) + int((mixed * np.uint64(words - 1)).sum()) + len(numbers) * (words * (words - 1) // 2)
+        )
         total &= mask
     return total
 
@@ -93,7 +99,9 @@ def stamped_sum(pages: int, page_size: int) -> int:
 def touch(base: Any, offsets: npt.NDArray[np.uint64], *, write: bool = False) -> npt.NDArray[np.float64]:
     """Touch one byte at each offset from `base`; returns µs for each."""
     times = np.empty(len(offsets), np.uint64)
-    lib.dmh_time_touch(base, ffi.from_buffer("uint64_t[]", offsets), len(offsets), write, ffi.from_buffer("uint64_t[]", times))
+    lib.dmh_time_touch(
+        base, ffi.from_buffer("uint64_t[]", offsets), len(offsets), write, ffi.from_buffer("uint64_t[]", times)
+    )
     return times / 1000.0
 
 

@@ -17,7 +17,10 @@ from dmh.bench.rows import Row
 from dmh.bench.subject import Options
 from dmh.config import parse_size
 
-BENCHMARKS: dict[str, Callable[[Options, Callable[[str], None]], list[Row]]] = {"latency": latency.run, "stream": stream.run}
+BENCHMARKS: dict[str, Callable[[Options, Callable[[str], None]], list[Row]]] = {
+    "latency": latency.run,
+    "stream": stream.run,
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -25,14 +28,21 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure dmh beside the floor",
-        description="Runs a benchmark: every subject in turn, again and again, every run's data verified.  Ratios are to the baseline of the same run.",
+        description="Runs a benchmark: every subject in turn, again and again, every run's data verified.  "
+        "Ratios are to the baseline of the same run.",
     )
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each subject (default 5)")
-    parser.add_argument("--store", default="file", help="file (a temporary page file), memory, or a store URL (default file)")
-    parser.add_argument("--page-size", type=parse_size, default=4096, metavar="SIZE", help="dmh's page size (default 4KiB)")
-    parser.add_argument("--limit", type=parse_size, default=0, metavar="SIZE", help="local memory (default: the benchmark's own)")
-    parser.add_argument("--pin", action="store_true", help="everything on one CPU; by default the scheduler places what is not placed by dmh")
+    parser.add_argument(
+        "--store", default="file", help="file (a temporary page file), memory, or a store URL (default file)"
+    )
+    parser.add_argument(
+        "--page-size", type=parse_size, default=4096, metavar="SIZE", help="dmh's page size (default 4KiB)"
+    )
+    parser.add_argument(
+        "--limit", type=parse_size, default=0, metavar="SIZE", help="local memory (default: the benchmark's own)"
+    )
+    parser.add_argument("--pin", action="store_true", help="everything on one CPU (default: unpinned)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it works, measures nothing")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     parser.set_defaults(run=run)
@@ -43,7 +53,11 @@ def run(args: argparse.Namespace) -> int:
     if args.pin:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     options = Options(
-        runs=1 if args.quick else args.runs, page_size=args.page_size, limit=args.limit, store=args.store, quick=args.quick
+        runs=1 if args.quick else args.runs,
+        page_size=args.page_size,
+        limit=args.limit,
+        store=args.store,
+        quick=args.quick,
     )
     rows: list[Row] = []
     console = Console(stderr=True)
@@ -68,5 +82,7 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x {row.baseline}"
         metric = f"{row.metric}, {row.unit}"
-        table.add_row(row.benchmark, row.case, row.subject, metric, f"{row.median:,.2f}", f"{row.p99:,.2f}", str(row.runs), ratio)
+        table.add_row(
+            row.benchmark, row.case, row.subject, metric, f"{row.median:,.2f}", f"{row.p99:,.2f}", str(row.runs), ratio
+        )
     Console(soft_wrap=True).print(table)

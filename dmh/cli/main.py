@@ -1,9 +1,9 @@
 """The ``dmh`` command: one module a subcommand, errors on one line each, an exit status that means something.
 
-    0    done
-    1    it went wrong while it ran
-    2    the command line or the configuration cannot be used
-    125  `dmh run`: the service could not be started (126, 127: the program could not be; else the program's own status)
+0    done
+1    it went wrong while it ran
+2    the command line or the configuration cannot be used
+125  `dmh run`: the service could not be started (126, 127: the program could not be; else the program's own status)
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dmh.errors import ConfigError, DmhError
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
-        prog="dmh", description="More memory than the machine has: NumPy arrays paged by userfaultfd to a store of your choice."
+        prog="dmh",
+        description="More memory than the machine has: NumPy arrays paged by userfaultfd to a store of your choice.",
     )
     top.add_argument("--version", action="version", version=f"dmh {__version__}")
     top.add_argument("-v", "--verbose", action="store_true", help="log what the service does, not only what goes wrong")
@@ -35,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     args = parser().parse_args(arguments)
     logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, format="dmh: %(levelname)s: %(message)s", stream=sys.stderr
+        level=logging.INFO if args.verbose else logging.WARNING,
+        format="dmh: %(levelname)s: %(message)s",
+        stream=sys.stderr,
     )
     try:
         status: int = args.run(args)

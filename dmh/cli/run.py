@@ -33,11 +33,13 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="start a service, run a program in it, stop the service",
-        description="Starts the service that FILE describes, runs PROGRAM with DMH_SOCKET set (dmh.attach() joins by it), passes its exit status "
-        "and signals through, and stops everything it started.",
+        description="Starts the service that FILE describes, runs PROGRAM with DMH_SOCKET set (dmh.attach() joins by "
+        "it), passes its exit status and signals through, and stops everything it started.",
     )
     parser.add_argument("-c", "--config", required=True, metavar="FILE", help="the service's configuration")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override a setting")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override a setting"
+    )
     parser.add_argument("--stats", type=Path, metavar="FILE", help="write the final counters to FILE as JSON")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARGS", help="what to run")
     parser.set_defaults(run=run)
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
                 child = subprocess.Popen(
                     command,
                     env=os.environ | {SOCKET_VARIABLE: str(launcher.socket_path)},
-                    preexec_fn=signals.prepare_child,  # the launcher has one thread besides, which only waits for signals
+                    preexec_fn=signals.prepare_child,  # the one thread besides only waits for signals
                 )
             except OSError as error:
                 print(f"dmh run: {command[0]}: {error.strerror}", file=sys.stderr)
@@ -119,8 +121,8 @@ def _die_by(number: signal.Signals) -> None:
 class _Signals:
     """Signals for the program that arrive here.
 
-    They are blocked and read by a thread, because only `sigwaitinfo` tells where one came from: what the terminal sends (Ctrl-C) has reached the
-    program as well, what `kill` sends to this process has not and is passed on.
+    They are blocked and read by a thread, because only `sigwaitinfo` tells where one came from: what the terminal
+    sends (Ctrl-C) has reached the program as well, what `kill` sends to this process has not and is passed on.
     """
 
     def __init__(self) -> None:
@@ -148,4 +150,3 @@ class _Signals:
 
     def __exit__(self, *exc: object) -> None:
         self._over = True
-

@@ -18,13 +18,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="keep a service for several programs",
-        description="Starts the service that FILE describes and keeps it until Ctrl-C, SIGTERM, or `dmh serve --stop NAME`.  Programs join with "
-        "dmh.attach(NAME), or with DMH_SOCKET set to the path that is printed.",
+        description="Starts the service that FILE describes and keeps it until Ctrl-C, SIGTERM, or "
+        "`dmh serve --stop NAME`.  Programs join with dmh.attach(NAME), or with DMH_SOCKET set to the path printed.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("-c", "--config", metavar="FILE", help="the service's configuration")
     which.add_argument("--stop", metavar="NAME", help="stop a running service instead")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override a setting")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override a setting"
+    )
     parser.add_argument("--stats", type=Path, metavar="FILE", help="write the final counters to FILE as JSON")
     parser.set_defaults(run=run)
 
@@ -39,8 +41,10 @@ def run(args: argparse.Namespace) -> int:
         launcher.start()
         _stop_on_signals(launcher)
         print(
-            f"dmh: serving {launcher.name!r}: {format_size(config.region.size)} in pages of {format_size(config.region.page_size)}, "
-            f"{format_size(config.memory.limit)} of it local\ndmh: programs join with DMH_SOCKET={launcher.socket_path}",
+            f"dmh: serving {launcher.name!r}: {format_size(config.region.size)} in pages of "
+            f"{format_size(config.region.page_size)}, "
+            f"{format_size(config.memory.limit)} of it local\n"
+            f"dmh: programs join with DMH_SOCKET={launcher.socket_path}",
             flush=True,
         )
         launcher.run()
@@ -63,7 +67,9 @@ def _stop_on_signals(launcher: Launcher) -> None:
         if set(numbers) == {signal.SIGINT} and launcher.clients.attached and not warned:
             warned = True
             print(
-                f"dmh: {launcher.clients.attached} programs use this service and would be ended with it; once more to stop all the same", flush=True
+                f"dmh: {launcher.clients.attached} programs use this service and would be ended with it; once more to stop "
+                "all the same",
+                flush=True,
             )
             return
         launcher.stop(lambda: None)

@@ -16,7 +16,9 @@ from dmh.region.connection import service_stats
 def add_parser(commands: Any) -> None:
     """Declare ``dmh stats``."""
     parser = commands.add_parser("stats", help="print the figures of a running service")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="region.name of the service; not needed where only one runs")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="region.name of the service; not needed where only one runs"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON: every figure, for programs")
     parser.set_defaults(run=run)
 
@@ -33,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
 
 def show(snapshot: Snapshot) -> None:
     """A table for people."""
-    table = RichTable(title=f"dmh {snapshot.name!r}, up {snapshot.seconds:,.0f} s", title_justify="left", box=None, padding=(0, 2))
+    table = RichTable(
+        title=f"dmh {snapshot.name!r}, up {snapshot.seconds:,.0f} s", title_justify="left", box=None, padding=(0, 2)
+    )
     for heading in ("", "", ""):
         table.add_column(heading)
     last = ""

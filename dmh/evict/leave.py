@@ -1,7 +1,8 @@
 """How pages leave: captured into the victim buffer, settled, written, acknowledged.
 
-Owns the victim buffer's slots and the one connection that writes to the DMS.  Does not choose (`dmh.evict.lpet`).  Everything here
-runs in the evictor's main thread, so a page has one writer and the DMS never sees an old version after a new one.
+Owns the victim buffer's slots and the one connection that writes to the DMS.  Does not choose (`dmh.evict.lpet`).
+Everything here runs in the evictor's main thread, so a page has one writer and the DMS never sees an old version
+after a new one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ class Leaver:
     """
 
     def __init__(
-        self, table: Table, context: Any, number: int, slots: npt.NDArray[np.uint8], pipe: tuple[int, int], store: Store, retry: Retry
+        self,
+        table: Table,
+        context: Any,
+        number: int,
+        slots: npt.NDArray[np.uint8],
+        pipe: tuple[int, int],
+        store: Store,
+        retry: Retry,
     ) -> None:
         self._table = table
         self._context = context
@@ -85,7 +93,9 @@ class Leaver:
         return pages[captured], slots[captured]
 
     def _write_out(self, pages: Pages, slots: npt.NDArray[np.uint32] | None = None, *, keep: bool = False) -> bool:
-        """Settle staged pages, write the dirty ones, acknowledge.  With `keep` they stay STAGED.  False: not written."""
+        """Settle staged pages, write the dirty ones, acknowledge.  With `keep` they stay STAGED.  False: not
+        written.
+        """
         if not len(pages):
             return True
         if slots is None:
@@ -132,8 +142,8 @@ class Leaver:
     def flush(self, first: int, end: int) -> bool:
         """Write every page of first .. end - 1 that the DMS does not have, and leave it resident where there is room.
 
-        Each page is captured as a whole, so what is written is a content it had; a program that writes meanwhile waits for
-        microseconds, as for any eviction.
+        Each page is captured as a whole, so what is written is a content it had; a program that writes meanwhile
+        waits for microseconds, as for any eviction.
         """
         complete = self._write_out(self._table.in_state(State.STAGED, first, end))
         resident = self._table.in_state(State.RESIDENT, first, end)
@@ -151,7 +161,9 @@ class Leaver:
         return complete
 
     def discard(self, first: int, count: int) -> Pages:
-        """Give up the content of pages: NEW, and forgotten by the DMS.  Returns pages that are being fetched: ask again."""
+        """Give up the content of pages: NEW, and forgotten by the DMS.  Returns pages that are being fetched: ask
+        again.
+        """
         step = 1024
         busy = np.empty(step, np.uint64)
         left: list[Pages] = []
@@ -159,8 +171,11 @@ class Leaver:
             n = min(step, first + count - start)
             k = lib.dmh_discard(self._context, start, n, ffi.from_buffer("uint64_t[]", busy))
             left.append(busy[:k].copy())
-            # What is being fetched must still be there; everything else of these pages is of no use in the DMS any more.
-            known = np.flatnonzero(self._table.copies[start : start + n] != Copy.NONE).astype(np.uint64) + np.uint64(start)
+            # What is being fetched must still be there; everything else of these pages is of no use in the DMS any
+            # more.
+            known = np.flatnonzero(self._table.copies[start : start + n] != Copy.NONE).astype(np.uint64) + np.uint64(
+                start
+            )
             self._delete(np.setdiff1d(known, left[-1], assume_unique=True))
         return np.concatenate(left) if left else np.empty(0, np.uint64)
 

@@ -1,7 +1,7 @@
 """LPET, the low-priority eviction task: from the high threshold down to the low one.
 
-Owns the evictor's sequence: learn what arrived, ask the policy, mark, evict.  Does not own the order of victims (the policy), nor how
-a page leaves (`dmh.evict.leave`).  Called by `workers/evictor.py` when the bell has rung.
+Owns the evictor's sequence: learn what arrived, ask the policy, mark, evict.  Does not own the order of victims (the
+policy), nor how a page leaves (`dmh.evict.leave`).  Called by `workers/evictor.py` when the bell has rung.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Lpet:
     def due(self) -> int:
         """How many local pages are too many now; 0 until the high threshold is reached.
 
-        Counted from what the fault that rang had found, its own page not included; from what is local now where a fault waits at the hard
-        bound, or where nobody rang and there is still too much.
+        Counted from what the fault that rang had found, its own page not included; from what is local now where a
+        fault waits at the hard bound, or where nobody rang and there is still too much.
         """
         raw = self._table.raw
         local, low = self._table.local, int(raw.low)
@@ -144,7 +144,8 @@ class Lpet:
         return self._table.state(page) is State.STAGED
 
     def _keep_unmoved(self, pages: list[int]) -> int:
-        """Pages that stayed resident although they were chosen go back to the policy, but for pinned ones, which come back when
+        """Pages that stayed resident although they were chosen go back to the policy, but for pinned ones, which
+        come back when
         they are unpinned.  Returns how many stayed."""
         words = self._table.words[pages]
         resident = np.flatnonzero((words & 15) == State.RESIDENT)

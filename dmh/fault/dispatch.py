@@ -21,8 +21,9 @@ def resolver_address(directory: str | Path, number: int) -> str:
 class Dispatcher:
     """The monitor's sockets to the resolvers.
 
-    Which resolver gets a request is decided where the shared counts of work are (`dmh_hand_over`).  A resolver that is awake finds it in its lane in
-    shared memory; ZeroMQ wakes one that sleeps, which costs two more threads' wake-ups on the way.
+    Which resolver gets a request is decided where the shared counts of work are (`dmh_hand_over`).  A resolver that
+    is awake finds it in its lane in shared memory; ZeroMQ wakes one that sleeps, which costs two more threads' wake-
+    ups on the way.
     """
 
     def __init__(self, directory: str, resolvers: int) -> None:

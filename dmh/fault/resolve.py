@@ -1,7 +1,7 @@
 """A resolver's half of a fault: claim, fetch, install.
 
-Owns the plan and the buffer that pages are fetched into.  Does not own the loops over pages (native) nor the store's retries
-(`dmh.store.retry`).  Called by `workers/resolver.py`.
+Owns the plan and the buffer that pages are fetched into.  Does not own the loops over pages (native) nor the store's
+retries (`dmh.store.retry`).  Called by `workers/resolver.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ ROOM_WAIT_MS = 100
 class Resolver:
     """Resolves one request at a time."""
 
-    def __init__(self, table: Table, context: Any, number: int, window: int, store: Store, retry: Retry, region: str) -> None:
+    def __init__(
+        self, table: Table, context: Any, number: int, window: int, store: Store, retry: Retry, region: str
+    ) -> None:
         self._table = table
         self._context = context
         self._number = number
@@ -44,7 +46,9 @@ class Resolver:
         self._most = max(window, 1)  # what is asked for page by page is not read-ahead
 
     def resolve(self, request: Request | Any, *, demand: bool) -> None:
-        """Steps 4 to 6 of a fault, from a frame or from the lane (a native request has the same fields); with `demand` false only the window is wanted, and nobody waits for it."""
+        """Steps 4 to 6 of a fault, from a frame or from the lane (a native request has the same fields); with
+        `demand` false only the window is wanted, and nobody waits for it.
+        """
         plan = self._plan
         plan.view, plan.thread, plan.ns = request.view, request.thread, request.ns
         window = min(request.window, self._most)
@@ -67,7 +71,9 @@ class Resolver:
             self._report_lost()
 
     def _fetch(self, n: int) -> bool:
-        """RequestPageFromDMS for every claimed page that is stored: one batched call.  False: given up, the service ends."""
+        """RequestPageFromDMS for every claimed page that is stored: one batched call.  False: given up, the service
+        ends.
+        """
         pages, out = self._stored[:n], self._buffer[:n]
         try:
             found = self._retry.call("fetching pages", lambda: self._store.get_many(pages, out))
@@ -81,6 +87,9 @@ class Resolver:
         return True
 
     def _report_lost(self) -> None:
-        why = {1: "the store does not have it any more, or its memory was removed", 2: "its bytes are not the ones that were stored"}
+        why = {
+            1: "the store does not have it any more, or its memory was removed",
+            2: "its bytes are not the ones that were stored",
+        }
         for page, reason in zip(self._plan.lost[0 : self._plan.lost_n], self._plan.lost_why, strict=False):
             log.error("page %d of region %s is lost: %s; access to it raises SIGBUS", page, self._region, why[reason])

@@ -1,7 +1,7 @@
 """The local stored page table (LSPT) as Python sees it: the shared memory that every dmh process maps.
 
-Owns the mapping and numpy views of its arrays.  Does not own any rule about states (`dmh.lspt.states`) nor any loop over
-pages (the native module).  Used by the launcher, the workers and the tests.
+Owns the mapping and numpy views of its arrays.  Does not own any rule about states (`dmh.lspt.states`) nor any loop
+over pages (the native module).  Used by the launcher, the workers and the tests.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ class Bounds:
 class Table:
     """One process's mapping of the shared table.
 
-    Invariants, for `validate`: ``resident <= resident_max``; ``staged <= slots``; ``resident`` is at least the number of pages
-    in RESIDENT, FETCHING and EVICTING that hold memory.
+    Invariants, for `validate`: ``resident <= resident_max``; ``staged <= slots``; ``resident`` is at least the number
+    of pages in RESIDENT, FETCHING and EVICTING that hold memory.
     """
 
     def __init__(self, fd: int) -> None:
         """Map the table behind `fd` (which stays the caller's)."""
         self.raw: Any = lib.dmh_shared_map(fd)
         if self.raw == ffi.NULL:
-            raise KernelError("the shared page table cannot be mapped: not a table of this version of dmh, or no memory")
+            raise KernelError(
+                "the shared page table cannot be mapped: not a table of this version of dmh, or no memory"
+            )
         self.pages = int(self.raw.pages)
         self.page_size = int(self.raw.page_size)
         self.slots = int(self.raw.slots)
@@ -116,7 +118,9 @@ class Table:
         return dict(zip(COUNTERS, map(int, total), strict=True))
 
     def fault_times(self) -> npt.NDArray[np.uint64]:
-        """Histogram over the workers: cell k counts faults resolved in 2^k .. 2^(k+1) - 1 ns after they were received."""
+        """Histogram over the workers: cell k counts faults resolved in 2^k .. 2^(k+1) - 1 ns after they were
+        received.
+        """
         total = np.zeros(64, np.uint64)
         for worker in range(self.workers):
             total += np.frombuffer(ffi.buffer(lib.dmh_counters_of(self.raw, worker).fault_ns), np.uint64)

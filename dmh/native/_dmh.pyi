@@ -131,9 +131,20 @@ class lib:  # noqa: N801 - the name that cffi gives it
     @staticmethod
     def dmh_probe_capture(page_size: int) -> int: ...
     @staticmethod
-    def dmh_capture(c: Pointer, pipe_out: int, pipe_in: int, pipe_bytes: int, pages: Pointer, n: int, slots: Pointer, outcome: Pointer) -> int: ...
+    def dmh_capture(
+        c: Pointer,
+        pipe_out: int,
+        pipe_in: int,
+        pipe_bytes: int,
+        pages: Pointer,
+        n: int,
+        slots: Pointer,
+        outcome: Pointer,
+    ) -> int: ...
     @staticmethod
-    def dmh_settle(c: Pointer, pages: Pointer, n: int, slots: Pointer, outcome: Pointer, sums: Pointer, keep: int) -> int: ...
+    def dmh_settle(
+        c: Pointer, pages: Pointer, n: int, slots: Pointer, outcome: Pointer, sums: Pointer, keep: int
+    ) -> int: ...
     @staticmethod
     def dmh_acknowledge(c: Pointer, pages: Pointer, n: int, slots: Pointer, sums: Pointer, keep: int) -> int: ...
     @staticmethod
@@ -147,7 +158,9 @@ class lib:  # noqa: N801 - the name that cffi gives it
     @staticmethod
     def dmh_is_zero(p: Pointer, n: int) -> int: ...
     @staticmethod
-    def dmh_fetch_pages(fd: int, index: Pointer, pages: Pointer, n: int, page_size: int, out: Pointer, found: Pointer, nowait: int) -> int: ...
+    def dmh_fetch_pages(
+        fd: int, index: Pointer, pages: Pointer, n: int, page_size: int, out: Pointer, found: Pointer, nowait: int
+    ) -> int: ...
     @staticmethod
     def dmh_write_pages(fd: int, pages: Pointer, n: int, page_size: int, data: Pointer) -> int: ...
     @staticmethod

@@ -1,7 +1,7 @@
 """Builds the native module `dmh.native._dmh` (cffi, API mode).
 
-Owns the compiler flags and the generated header: states, transitions and counters come from the pure Python modules that
-define them, so that C and Python cannot disagree.  Run by setup.py; nothing imports it at run time.
+Owns the compiler flags and the generated header: states, transitions and counters come from the pure Python modules
+that define them, so that C and Python cannot disagree.  Run by setup.py; nothing imports it at run time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def generated_header() -> str:
     lines += [f"#define DMH_{n} {getattr(states, n)}" for n in ("STATE_BITS", "WORKER_BITS", "SLOT_BITS")]
     lines += [f"#define DMH_C_{name.upper()} {i}" for i, name in enumerate(names.COUNTERS)]
     masks = (sum(1 << int(t) for t in states.TRANSITIONS[s]) for s in states.State)
-    lines.append("static const unsigned char dmh_legal[] __attribute__((unused)) = { " + ", ".join(str(m) for m in masks) + " };")
+    lines.append(
+        "static const unsigned char dmh_legal[] __attribute__((unused)) = { " + ", ".join(str(m) for m in masks) + " };"
+    )
     lines.append(
         'static const char *const dmh_state_name[] __attribute__((unused)) = { "'
         + '", "'.join(s.name for s in states.State)

@@ -1,6 +1,7 @@
 """The figures of a service at one moment, as programs get them and as people read them.
 
-Owns the snapshot and its rendering.  Counting happens where things happen (native code and workers); names are `dmh.observe.names`.
+Owns the snapshot and its rendering.  Counting happens where things happen (native code and workers); names are
+`dmh.observe.names`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Snapshot:
         programs: that have the region mapped.
         states: pages in each state.
         counters: see `dmh.observe.names.COUNTERS`.
-        fault_us: p50, p90, p99 in µs from receipt of a fault to its page's installation, as upper bounds of powers of two.
+        fault_us: p50, p90, p99 in µs from receipt of a fault to its page's installation, as upper bounds of powers of
+        two.
         store: what the store says of itself.
     """
 
@@ -57,7 +59,15 @@ class Snapshot:
 
     @classmethod
     def take(
-        cls, table: Table, *, name: str, programs: int, limit: int, allocated: int, seconds: float, store: dict[str, Any]
+        cls,
+        table: Table,
+        *,
+        name: str,
+        programs: int,
+        limit: int,
+        allocated: int,
+        seconds: float,
+        store: dict[str, Any],
     ) -> Snapshot:
         """Read the shared table."""
         raw = table.raw
@@ -98,14 +108,32 @@ def percentiles(histogram: npt.NDArray[np.uint64]) -> dict[str, float]:
         return {}
     reached = np.cumsum(histogram)
     return {
-        f"p{share}": round(2.0 ** (int(np.searchsorted(reached, total * share / 100)) + 1) / 1000, 1) for share in (50, 90, 99)
+        f"p{share}": round(2.0 ** (int(np.searchsorted(reached, total * share / 100)) + 1) / 1000, 1)
+        for share in (50, 90, 99)
     }
 
 
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("faults", ("messages", "faults", "zero", "soft", "hard", "inline", "duplicates", "dropped", "woken", "room_waits")),
+    (
+        "faults",
+        ("messages", "faults", "zero", "soft", "hard", "inline", "duplicates", "dropped", "woken", "room_waits"),
+    ),
     ("coming in", ("prefetched", "prefetched_new", "fetch_calls", "fetched_bytes")),
-    ("going out", ("rings", "runs", "evicted", "marked", "clean", "zeroed", "written", "written_bytes", "write_calls", "taken_back")),
+    (
+        "going out",
+        (
+            "rings",
+            "runs",
+            "evicted",
+            "marked",
+            "clean",
+            "zeroed",
+            "written",
+            "written_bytes",
+            "write_calls",
+            "taken_back",
+        ),
+    ),
     ("other", ("discarded", "deleted", "store_retries", "poisoned", "intruded", "refused")),
 )
 
@@ -118,9 +146,18 @@ def rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
         return f"{n:,} pages, {n * page / 2**20:,.1f} MiB"
 
     out = [
-        ("memory", "resident", f"{pages(snapshot.resident)} of {pages(snapshot.limit)} ({snapshot.resident / snapshot.limit:.0%})"),
+        (
+            "memory",
+            "resident",
+            f"{pages(snapshot.resident)} of {pages(snapshot.limit)} ({snapshot.resident / snapshot.limit:.0%})",
+        ),
         ("memory", "staged", f"{snapshot.staged:,} of {snapshot.slots:,} slots"),
-        ("memory", "region", f"{pages(snapshot.pages)}, {snapshot.allocated / snapshot.pages:.0%} allocated, {snapshot.programs} programs"),
+        (
+            "memory",
+            "region",
+            f"{pages(snapshot.pages)}, {snapshot.allocated / snapshot.pages:.0%} allocated, {snapshot.programs} "
+            "programs",
+        ),
         ("memory", "stored", pages(snapshot.states.get("stored", 0))),
     ]
     if snapshot.pinned:
@@ -134,5 +171,8 @@ def rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
             if value or group not in ("other",):
                 text = f"{value / 2**20:,.1f} MiB" if name.endswith("_bytes") else f"{value:,}"
                 out.append((group, name.removesuffix("_bytes").replace("_", " "), text))
-    out += [("store", name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in snapshot.store.items()]
+    out += [
+        ("store", name, f"{value:,}" if isinstance(value, int) else str(value))
+        for name, value in snapshot.store.items()
+    ]
     return out

@@ -1,9 +1,10 @@
 """Which pages a thread will want next, from the faults it has had.  Pure.
 
-A thread has several *streams* (``a = b + c * d`` has four): a page it will fault on next if it goes on as before, a stride and
-a window.  A fault that meets a stream's expectation extends the stream by a window twice as large; pages that were brought in
-ahead do not fault, so the next fault of a scan that goes on is the first page after the window.  A fault that meets no
-expectation starts a stream when it is adjacent to a recent fault, or the third of three equally spaced ones.
+A thread has several *streams* (``a = b + c * d`` has four): a page it will fault on next if it goes on as before, a
+stride and a window.  A fault that meets a stream's expectation extends the stream by a window twice as large; pages
+that were brought in ahead do not fault, so the next fault of a scan that goes on is the first page after the window.
+A fault that meets no expectation starts a stream when it is adjacent to a recent fault, or the third of three equally
+spaced ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ THREADS = 1024
 
 @dataclass(slots=True)
 class Stream:
-    """Invariant: expected == last + stride * (window + 1), clipped by nobody: the region's end is the resolver's business."""
+    """Invariant: expected == last + stride * (window + 1), clipped by nobody: the region's end is the resolver's
+    business.
+    """
 
     last: int
     stride: int
@@ -33,7 +36,9 @@ class Stream:
     expected: int
 
     def meets(self, page: int) -> bool:
-        """Is this fault the stream's continuation?  Short of the expectation is, too: the window was cut for want of room."""
+        """Is this fault the stream's continuation?  Short of the expectation is, too: the window was cut for want of
+        room.
+        """
         steps, rest = divmod(page - self.last, self.stride)
         return rest == 0 and 0 < steps <= self.window + 2
 

@@ -1,6 +1,7 @@
 """An application's connection to a service: finding it, speaking to it, and starting one of its own.
 
-Owns the control socket's client end and, for `dmh.open`, the launcher process behind it.  Does not own the mapping (`dmh.region.region`).
+Owns the control socket's client end and, for `dmh.open`, the launcher process behind it.  Does not own the mapping
+(`dmh.region.region`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dmh import errors
 from dmh.config import Config
 from dmh.errors import DmhError, ServiceError
 from dmh.service.channel import Channel, Message
-from dmh.service.clients import PROTOCOL
 from dmh.service.paths import SOCKET_VARIABLE, control_socket, running_services, service_directory
 
 START_SECONDS = 90.0
@@ -33,7 +33,8 @@ def find_socket(name: str | None) -> Path:
             return control_socket(service_directory(running[0]))
         what = f"several services are running ({', '.join(running)}): name one" if running else "no service is running"
         raise ServiceError(
-            f"there is no service to join: {SOCKET_VARIABLE} is not set, and {what}.  Start the program with `dmh run -c FILE -- ...`, or a service "
+            f"there is no service to join: {SOCKET_VARIABLE} is not set, and {what}.  Start the program with `dmh "
+            "run -c FILE -- ...`, or a service "
             "with `dmh serve -c FILE`, or use dmh.open(FILE)"
         )
     return control_socket(service_directory(name))
@@ -47,7 +48,8 @@ def connect(path: Path) -> Channel:
     except OSError as error:
         sock.close()
         raise ServiceError(
-            f"no service answers at {path} ({error.strerror}): it has ended, or has another name; `dmh stats` lists those that run"
+            f"no service answers at {path} ({error.strerror}): it has ended, or has another name; `dmh stats` "
+            "lists those that run"
         ) from error
     return Channel(sock)
 
@@ -106,7 +108,9 @@ def start_service(config: Config) -> Connection:
     if not line.startswith("ready "):
         process.wait()
         kind, _, text = line.partition(" ")
-        raise getattr(errors, kind, ServiceError)(text.strip().replace("\x1f", "\n") or "the service ended while it was starting; see its message above")
+        raise getattr(errors, kind, ServiceError)(
+            text.strip().replace("\x1f", "\n") or "the service ended while it was starting; see its message above"
+        )
     return Connection(connect(Path(line[6:].rstrip("\n"))), process)
 
 

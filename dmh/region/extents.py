@@ -1,6 +1,7 @@
 """Which pages of a region are handed out.  Pure.
 
-First fit over free extents, neighbours merged on return.  Runs in the launcher, so that every program on a region draws from one pool.
+First fit over free extents, neighbours merged on return.  Runs in the launcher, so that every program on a region
+draws from one pool.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Extents:
                     self._free[i] = (first + count, length - count)
                 return first
         raise RegionError(
-            f"no room for {count} neighbouring pages: the largest free run has {self.largest}, {self.free_pages} of {self.pages} "
+            f"no room for {count} neighbouring pages: the largest free run has {self.largest}, {self.free_pages} "
+            f"of {self.pages} "
             f"pages are free in all; delete arrays, or make region.size larger"
         )
 

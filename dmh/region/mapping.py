@@ -1,4 +1,5 @@
-"""An application's mapping of a region: made safe, registered, handed over, and taken down so that a stale array cannot read zeros.
+"""An application's mapping of a region: made safe, registered, handed over, and taken down so that a stale array
+cannot read zeros.
 
 Owns the address range, the process's userfaultfd and the guardian thread.  Does not own arrays (`dmh.region.region`).
 """
@@ -29,7 +30,8 @@ class Mapping:
         self._pointer: Any = lib.dmh_map_region(region_fd, size, max(page_size, 1 << 21), 1, 0)
         if self._pointer == ffi.NULL:
             raise KernelError(
-                f"{size / 2**30:.1f} GiB of address space cannot be mapped ({os.strerror(ffi.errno)}): make region.size smaller, or raise "
+                f"{size / 2**30:.1f} GiB of address space cannot be mapped ({os.strerror(ffi.errno)}): make "
+                "region.size smaller, or raise "
                 "`ulimit -v`"
             )
         self.base = int(ffi.cast("uintptr_t", self._pointer))
@@ -44,7 +46,8 @@ class Mapping:
             raise KernelError(f"{error}; `dmh serve` or `dmh run` on this machine says what to change") from error
         if how[0] == lib.DMH_UFFD_USER_ONLY:
             log.warning(
-                "dmh: only user-mode faults can be watched here: system calls on absent pages (file.readinto(array), os.write) fail with "
+                "dmh: only user-mode faults can be watched here: system calls on absent pages "
+                "(file.readinto(array), os.write) fail with "
                 "EFAULT; to mend it, `chmod a+rw /dev/userfaultfd` as root"
             )
         if seal:
@@ -53,7 +56,8 @@ class Mapping:
     def guard(self, connection: Connection, grace: float, name: str) -> None:
         """From now on this process ends, with a message, when the service has been gone for `grace` seconds."""
         message = (
-            f"dmh: the service '{name}' is gone, and with it the pages of this program that it held: ending process {os.getpid()} "
+            f"dmh: the service '{name}' is gone, and with it the pages of this program that it held: ending "
+            f"process {os.getpid()} "
             f"(its threads would wait forever; zeros are never handed out)\n"
         )
         handle = lib.dmh_guardian_start(connection.channel.fileno(), int(grace * 1000), message.encode())
@@ -74,7 +78,9 @@ class Mapping:
         return self._pointer + offset
 
     def close(self) -> None:
-        """Take the mapping down.  An address in it raises SIGSEGV afterwards; a sealed mapping stays, frozen, until the process ends."""
+        """Take the mapping down.  An address in it raises SIGSEGV afterwards; a sealed mapping stays, frozen, until
+        the process ends.
+        """
         if self._sealed:
             return  # its userfaultfd stays open with it: closing it would turn absent pages into zeros
         lib.dmh_guard_mapping(self._pointer, self.size)

@@ -1,7 +1,7 @@
 """`Region`: memory that is larger than its limit, as NumPy arrays.
 
-Owns arrays and the calls a program makes about them.  Does not own the mapping (`dmh.region.mapping`) nor the way to the service
-(`dmh.region.connection`).  None of this code runs while a page fault is resolved.
+Owns arrays and the calls a program makes about them.  Does not own the mapping (`dmh.region.mapping`) nor the way to
+the service (`dmh.region.connection`).  None of this code runs while a page fault is resolved.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ Array = npt.NDArray[Any]
 
 
 class _Block:
-    """Memory of one array: what NumPy keeps alive as the base of every view, so that its end is the end of the last view."""
+    """Memory of one array: what NumPy keeps alive as the base of every view, so that its end is the end of the last
+    view.
+    """
 
     __slots__ = ("__array_interface__", "__weakref__", "region")
 
@@ -80,15 +82,17 @@ class Region:
 
     @property
     def buf(self) -> memoryview:
-        """The whole region as writable bytes, shape (size,).  Shared with arrays: whoever uses both keeps them apart."""
+        """The whole region as writable bytes, shape (size,).  Shared with arrays: whoever uses both keeps them
+        apart.
+        """
         self._check_open()
         return self._mapping.buffer(0, self.size)
 
     def empty(self, shape: Shape, dtype: npt.DTypeLike = float) -> Array:
         """A new array in the region.
 
-        Its pages are new, so it holds zeros, at no cost until they are touched.  The pages go back to the region and out of the store
-        when the array and every view of it are gone.
+        Its pages are new, so it holds zeros, at no cost until they are touched.  The pages go back to the region and
+        out of the store when the array and every view of it are gone.
 
         Args:
             shape: as for `numpy.empty`.
@@ -103,7 +107,8 @@ class Region:
         kind = np.dtype(dtype)
         if kind.hasobject:
             raise RegionError(
-                f"an array of {kind} holds pointers to Python objects, and those cannot be paged out; use a type of fixed size"
+                f"an array of {kind} holds pointers to Python objects, and those cannot be paged out; use a type "
+                "of fixed size"
             )
         dimensions = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
         if any(n < 0 for n in dimensions):
@@ -159,7 +164,8 @@ class Region:
     # ---- what a program may say about its arrays
 
     def flush(self, array: Array | None = None) -> None:
-        """Return when the store has every page of the array (of the whole region without one), as durable as it can make them.
+        """Return when the store has every page of the array (of the whole region without one), as durable as it can
+        make them.
 
         The pages stay resident.  Pinned pages are left out.
 
@@ -169,7 +175,9 @@ class Region:
         self._ask("flush", array)
 
     def evict(self, array: Array | None = None) -> None:
-        """Move an array's pages (the whole region's without one) out of local memory now; they come back when they are touched."""
+        """Move an array's pages (the whole region's without one) out of local memory now; they come back when they
+        are touched.
+        """
         self._ask("evict", array)
 
     def prefetch(self, array: Array) -> None:
@@ -177,7 +185,8 @@ class Region:
         self._ask("prefetch", array)
 
     def discard(self, array: Array) -> None:
-        """The array's content is not needed any more: it reads as zeros, and its pages cost nothing until they are touched again.
+        """The array's content is not needed any more: it reads as zeros, and its pages cost nothing until they are
+        touched again.
 
         Raises:
             RegionError: the array is not contiguous, so its pages hold others' elements too.
@@ -201,8 +210,8 @@ class Region:
     def pin(self, array: Array) -> Iterator[Array]:
         """Keep an array resident inside the ``with`` block.
 
-        Needed where something outside the processor writes to its memory: O_DIRECT reads, registered io_uring buffers, RDMA.  Ordinary
-        code and ordinary system calls do not need it.
+        Needed where something outside the processor writes to its memory: O_DIRECT reads, registered io_uring
+        buffers, RDMA.  Ordinary code and ordinary system calls do not need it.
 
         Raises:
             RegionError: too little of memory.limit would be left to page with.
@@ -229,7 +238,8 @@ class Region:
     # ---- the end
 
     def close(self) -> None:
-        """Let go of the region; a service of its own (`dmh.open`) ends.  Arrays in it must not be touched afterwards: that is SIGSEGV.
+        """Let go of the region; a service of its own (`dmh.open`) ends.  Arrays in it must not be touched
+        afterwards: that is SIGSEGV.
 
         Closing twice is harmless.
         """
@@ -248,7 +258,9 @@ class Region:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"at {self._mapping.base:#x}"
-        return f"<dmh.Region {self.name!r}: {self.size / 2**30:g} GiB in pages of {self.page_size // 1024} KiB, {state}>"
+        return (
+            f"<dmh.Region {self.name!r}: {self.size / 2**30:g} GiB in pages of {self.page_size // 1024} KiB, {state}>"
+        )
 
     # ---- inside
 
@@ -257,7 +269,9 @@ class Region:
             raise RegionError("the region is closed", region=self.name)
         if os.getpid() != self._pid:
             raise RegionError(
-                "a forked child does not inherit the region: call dmh.attach() in it, or start it with the spawn method", region=self.name
+                "a forked child does not inherit the region: call dmh.attach() in it, or start it with the spawn "
+                "method",
+                region=self.name,
             )
 
     def _bounds(self, array: Array) -> tuple[int, int]:
@@ -280,7 +294,9 @@ class Region:
             self._connection.request({"op": operation, "first": first, "count": count})
 
     def _send_freed(self) -> None:
-        """Give back the pages of arrays that are gone.  Called with no lock held, and from the garbage collector at any moment."""
+        """Give back the pages of arrays that are gone.  Called with no lock held, and from the garbage collector at
+        any moment.
+        """
         while self._freed:
             first = self._freed.popleft()
             try:
@@ -310,7 +326,8 @@ def _disconnect(connection: Connection, mapping: Mapping, pid: int) -> None:
 
 
 def open_region(config: str | os.PathLike[str] | Config, *, overrides: Sequence[str] = ()) -> Region:
-    """Start a service of this program's own and map its region; the service ends when the region is closed or the program ends.
+    """Start a service of this program's own and map its region; the service ends when the region is closed or the
+    program ends.
 
     Args:
         config: a YAML file, or a `dmh.Config`.
@@ -334,7 +351,8 @@ def attach(name: str | None = None) -> Region:
     """Map the region of a service that is running.
 
     Args:
-        name: of the service (`region.name`).  Without one: the service this program was started under (`dmh run` sets DMH_SOCKET), or the only
+        name: of the service (`region.name`).  Without one: the service this program was started under (`dmh run` sets
+        DMH_SOCKET), or the only
             one that runs.
 
     Raises:

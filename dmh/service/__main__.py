@@ -1,7 +1,7 @@
 """``python -m dmh.service``: the launcher process behind `dmh.open`.  Not for use by hand.
 
-Reads its configuration from standard input, writes one line to the ready descriptor (``ready PATH``, or an error's class and text), and ends
-when the program that started it hangs up.
+Reads its configuration from standard input, writes one line to the ready descriptor (``ready PATH``, or an error's
+class and text), and ends when the program that started it hangs up.
 """
 
 from __future__ import annotations

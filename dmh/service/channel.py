@@ -1,7 +1,7 @@
 """Control messages: one JSON object a packet, descriptors beside it, over a Unix SOCK_SEQPACKET socket.
 
-Owns framing and its limits; knows nothing of what the messages mean.  Used between launcher and workers, and between launcher and
-applications.  Faults do not come this way (`dmh.wire`).
+Owns framing and its limits; knows nothing of what the messages mean.  Used between launcher and workers, and between
+launcher and applications.  Faults do not come this way (`dmh.wire`).
 """
 
 from __future__ import annotations

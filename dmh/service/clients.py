@@ -1,7 +1,7 @@
 """What programs ask of a service, over its control socket.
 
-Owns the connections and what each of them holds (its view, its allocations, its pins), and gives all of it back when the program goes.
-Does not own the workers (`dmh.service.pool`).  Runs in the launcher's one thread.
+Owns the connections and what each of them holds (its view, its allocations, its pins), and gives all of it back when
+the program goes. Does not own the workers (`dmh.service.pool`).  Runs in the launcher's one thread.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Clients:
     def _hello(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
         if message.get("version") != PROTOCOL:
             raise ProtocolError(
-                f"the service speaks version {PROTOCOL} of the control protocol, this program version {message.get('version')}: use one "
+                f"the service speaks version {PROTOCOL} of the control protocol, this program version "
+                f"{message.get('version')}: use one "
                 "version of dmh on both sides"
             )
         client.greeted = True
@@ -254,7 +255,8 @@ class Clients:
         view, client.view = client.view, 0
 
         def removed(replies: list[Message]) -> None:
-            # The launcher's is the last descriptor to go: while any is open, a thread that still faults freezes, and reads no zeros.
+            # The launcher's is the last descriptor to go: while any is open, a thread that still faults freezes, and
+            # reads no zeros.
             os.close(client.uffd)
             then()
 

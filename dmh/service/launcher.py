@@ -1,8 +1,9 @@
 """The launcher: builds a service from a configuration, runs its event loop, and takes everything down again.
 
-Owns the region's and the table's memory (memfds), the capture pipe, the service directory, the store's preparation and removal, and the
-selector loop.  Does not own what programs ask (`dmh.service.clients`), the workers' processes (`dmh.service.pool`), nor faults: none of
-them passes through here.  Used by `dmh run`, `dmh serve` and, as a process of its own, by `dmh.open`.
+Owns the region's and the table's memory (memfds), the capture pipe, the service directory, the store's preparation
+and removal, and the selector loop.  Does not own what programs ask (`dmh.service.clients`), the workers' processes
+(`dmh.service.pool`), nor faults: none of them passes through here.  Used by `dmh run`, `dmh serve` and, as a process
+of its own, by `dmh.open`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ PIPE_BYTES = 1 << 20
 
 
 class Launcher:
-    """One service.  `start`, then `run` until something stops it, then `close`; as a context manager it always closes."""
+    """One service.  `start`, then `run` until something stops it, then `close`; as a context manager it always
+    closes.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -294,29 +297,35 @@ def probe_kernel(page_size: int) -> None:
     if fd < 0:
         if -fd in (1, 13):  # EPERM, EACCES
             raise KernelError(
-                "this user may not use userfaultfd: as root, `chmod a+rw /dev/userfaultfd` or `sysctl vm.unprivileged_userfaultfd=1`, or "
+                "this user may not use userfaultfd: as root, `chmod a+rw /dev/userfaultfd` or `sysctl "
+                "vm.unprivileged_userfaultfd=1`, or "
                 "run dmh with CAP_SYS_PTRACE"
             )
         raise KernelError(
-            f"this kernel has no userfaultfd that can watch shared memory ({os.strerror(-fd)}): Linux 5.7 or newer is needed, built with "
+            f"this kernel has no userfaultfd that can watch shared memory ({os.strerror(-fd)}): Linux 5.7 or newer "
+            "is needed, built with "
             "CONFIG_USERFAULTFD"
         )
     os.close(fd)
     if how[0] == lib.DMH_UFFD_USER_ONLY:
         log.warning(
-            "only user-mode faults can be watched: system calls on absent pages (file.readinto(array), os.write, recv_into) fail with EFAULT "
-            "instead of waiting.  To mend it: `chmod a+rw /dev/userfaultfd` or `sysctl vm.unprivileged_userfaultfd=1` as root"
+            "only user-mode faults can be watched: system calls on absent pages (file.readinto(array), os.write, "
+            "recv_into) fail with EFAULT "
+            "instead of waiting.  To mend it: `chmod a+rw /dev/userfaultfd` or `sysctl "
+            "vm.unprivileged_userfaultfd=1` as root"
         )
     result = lib.dmh_probe_capture(page_size)
     if result < 0:
         raise KernelError(
-            f"this kernel cannot capture pages atomically (splice from a memfd, then punch: {os.strerror(-result)}); dmh would lose writes here"
+            "this kernel cannot capture pages atomically (splice from a memfd, then punch: "
+            f"{os.strerror(-result)}); dmh would lose writes here"
         )
     with contextlib.suppress(OSError):
         enabled = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
         if "[force]" in enabled:
             raise KernelError(
-                "transparent huge pages are forced for shared memory, which destroys data when pages are punched: write `never` or `advise` to "
+                "transparent huge pages are forced for shared memory, which destroys data when pages are punched: "
+                "write `never` or `advise` to "
                 "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
             )
 
@@ -327,5 +336,6 @@ def check_memory(limit: int) -> None:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemTotal:") and limit > (total := int(line.split()[1]) * 1024):
                 raise ServiceError(
-                    f"memory.limit is {limit / 2**30:.1f} GiB, and this machine has {total / 2**30:.1f} GiB of memory in all: lower it"
+                    f"memory.limit is {limit / 2**30:.1f} GiB, and this machine has {total / 2**30:.1f} GiB of "
+                    "memory in all: lower it"
                 )

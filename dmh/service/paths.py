@@ -1,7 +1,7 @@
 """Where a service's sockets are: a directory of mode 0700, found again by the service's name.
 
-Owns the directory's creation, its check and its lock.  One service a name: the launcher holds the lock for its life, so what a killed
-service left behind is recognised and cleared.
+Owns the directory's creation, its check and its lock.  One service a name: the launcher holds the lock for its life,
+so what a killed service left behind is recognised and cleared.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class ServiceDirectory:
         except BlockingIOError:
             os.close(self._lock)
             raise ServiceError(
-                f"a service named {name!r} is already running: stop it, join it (dmh.attach({name!r})), or give this one another "
+                f"a service named {name!r} is already running: stop it, join it (dmh.attach({name!r})), or give "
+                "this one another "
                 f"name (region.name, or --set region.name=...)"
             ) from None
         self._clear()
@@ -82,5 +83,6 @@ def _check_private(directory: Path) -> None:
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ServiceError(
-            f"{directory} is not a directory of mode 0700 that belongs to you: remove it, or set XDG_RUNTIME_DIR to one that is"
+            f"{directory} is not a directory of mode 0700 that belongs to you: remove it, or set XDG_RUNTIME_DIR "
+            "to one that is"
         )

@@ -1,9 +1,10 @@
 """Which processors the workers run on.
 
-Owns the probe and the choice; the processes apply it to themselves.  On small virtual machines waking a thread on a sleeping processor costs some
-25 µs, several times what resolving a fault takes.  A fault through the pool has four such wake-ups on its way (the monitor, two ZeroMQ
-I/O threads, the resolver): on one processor they are ordinary context switches of 1-2 µs.  So where they are dear the fault path follows the thread
-that faults, which sleeps meanwhile; everything else (windows, eviction) stays beside it.
+Owns the probe and the choice; the processes apply it to themselves.  On small virtual machines waking a thread on a
+sleeping processor costs some 25 µs, several times what resolving a fault takes.  A fault through the pool has four
+such wake-ups on its way (the monitor, two ZeroMQ I/O threads, the resolver): on one processor they are ordinary
+context switches of 1-2 µs.  So where they are dear the fault path follows the thread that faults, which sleeps
+meanwhile; everything else (windows, eviction) stays beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ ROUNDS = 40
 
 
 def cross_cpu_wake_us(cpus: Sequence[int]) -> float:
-    """Median µs to wake a sleeping thread on another processor and be woken by it, halved; measured between two of `cpus`."""
+    """Median µs to wake a sleeping thread on another processor and be woken by it, halved; measured between two of
+    `cpus`.
+    """
     here, there = cpus[0], cpus[-1]
     before = os.sched_getaffinity(0)
     ping_read, ping_write = os.pipe()

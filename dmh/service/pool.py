@@ -1,6 +1,7 @@
 """The worker processes: started, set up, told of views, asked, and ended.
 
-Owns the processes and the launcher's ends of their control channels.  Does not own what the answers mean (`dmh.service.launcher`).
+Owns the processes and the launcher's ends of their control channels.  Does not own what the answers mean
+(`dmh.service.launcher`).
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class Pool:
             except TimeoutError:
                 raise ServiceError(f"{worker.name} did not start within {START_SECONDS:.0f} s") from None
             if received is None:
-                raise ServiceError(f"{worker.name} ended while starting (exit status {worker.process.wait()}); see its message above")
+                raise ServiceError(
+                    f"{worker.name} ended while starting (exit status {worker.process.wait()}); see its message above"
+                )
             worker.ready = True
             worker.channel.socket.settimeout(None)
 
@@ -98,7 +101,9 @@ class Pool:
         worker.waiting[self._next_request] = answer
         worker.channel.send(message | {"id": self._next_request}, descriptors)
 
-    def tell_all(self, message: Message, answer: Callable[[list[Message]], None], descriptors: Sequence[int] = ()) -> None:
+    def tell_all(
+        self, message: Message, answer: Callable[[list[Message]], None], descriptors: Sequence[int] = ()
+    ) -> None:
         """Ask every worker; `answer` is called once, when the last has replied."""
         replies: list[Message] = []
 

@@ -1,7 +1,7 @@
 """What every worker process has: its end of the control channel, the shared table, the views, and an orderly end.
 
-Owns the start-up handshake and the control thread.  Does not own what the worker does (`workers/*.py`).  The control thread is
-the only one that reads the channel; the main thread does the work and never blocks on it.
+Owns the start-up handshake and the control thread.  Does not own what the worker does (`workers/*.py`).  The control
+thread is the only one that reads the channel; the main thread does the work and never blocks on it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dmh.lspt.table import Table
 from dmh.native import check, ffi, lib
 from dmh.service.channel import Channel, Message, close_all
 from dmh.store.base import Store
-from dmh.store.retry import Retry
 from dmh.store.registry import open_store, spec_from_wire
+from dmh.store.retry import Retry
 
 OWN_VIEW = 0
 """The view id of a worker's own mapping; applications' views count from 1."""
@@ -104,7 +104,8 @@ class Worker:
         return np.frombuffer(memory, np.uint8).reshape(self.table.slots, self.table.page_size)
 
     def _map_own_view(self) -> None:
-        # Registered before anything can touch it: a hole read through an unregistered mapping becomes zeros for everybody.
+        # Registered before anything can touch it: a hole read through an unregistered mapping becomes zeros for
+        # everybody.
         bytes_ = self.table.pages * self.table.page_size
         base = lib.dmh_map_region(self.region_fd, bytes_, self.table.page_size, 1, 0)
         if base == ffi.NULL:
@@ -131,7 +132,9 @@ class Worker:
         )
 
     def handle(self, operation: str, handler: Callable[[Message], Message | None]) -> None:
-        """Answer a control operation; runs in the control thread.  A handler that returns None answers later, itself."""
+        """Answer a control operation; runs in the control thread.  A handler that returns None answers later,
+        itself.
+        """
         self._handlers[operation] = handler
 
     def start(self, on_stop: Callable[[], None]) -> None:
@@ -143,7 +146,9 @@ class Worker:
     def reply(self, message: Message, **answer: Any) -> None:
         """Answer a control message that asked for an answer."""
         if "id" in message:
-            with contextlib.suppress(ServiceError):  # a launcher that is gone needs no answer; the control thread notices
+            with contextlib.suppress(
+                ServiceError
+            ):  # a launcher that is gone needs no answer; the control thread notices
                 self.channel.send({"op": "reply", "id": message["id"], **answer})
 
     def after_launcher(self, clear: Callable[[], None]) -> None:

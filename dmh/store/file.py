@@ -1,8 +1,8 @@
 """``file:PATH`` - a sparse page file on a local disk, and its index beside it (``PATH.index``).
 
-Owns where the files live, their lock and their removal; what is in them is `dmh.store.paged_file`.  A page file belongs to one
-service at a time: the launcher holds an exclusive lock on it, and starts with it empty, because pages mean nothing without the
-table of the region that wrote them.
+Owns where the files live, their lock and their removal; what is in them is `dmh.store.paged_file`.  A page file
+belongs to one service at a time: the launcher holds an exclusive lock on it, and starts with it empty, because pages
+mean nothing without the table of the region that wrote them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class FileStore(PagedFile):
         needed, free = spec.pages * spec.page_size, disk.f_bavail * disk.f_frsize
         if needed > free:
             raise StoreError(
-                f"the disk of {path} has {free / 2**30:.1f} GiB free, and a region of {needed / 2**30:.1f} GiB may fill all of it: "
+                f"the disk of {path} has {free / 2**30:.1f} GiB free, and a region of {needed / 2**30:.1f} GiB may "
+                "fill all of it: "
                 f"make region.size smaller, or put store.url on a larger disk",
                 region=spec.region,
             )

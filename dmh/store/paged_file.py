@@ -1,9 +1,10 @@
 """Pages in a sparse file, page n at byte n * page_size, with an index of what is stored and each page's checksum.
 
-The part that `file:` and `memory:` share: they differ in where the two files live.  The index is an array of 64-bit words mapped by
-every process, one a page: 0 where the file has no such page, else the page's XXH3-64 (a checksum of 0 is kept as 1).  The evictor
-writes it, after the page; the resolvers read it.  A place that follows from the page number needs no look-up and keeps runs of
-pages runs in the file, which is worth more here than a log's sequential writes: the kernel's page cache absorbs the rest.
+The part that `file:` and `memory:` share: they differ in where the two files live.  The index is an array of 64-bit
+words mapped by every process, one a page: 0 where the file has no such page, else the page's XXH3-64 (a checksum of 0
+is kept as 1). The evictor writes it, after the page; the resolvers read it.  A place that follows from the page
+number needs no look-up and keeps runs of pages runs in the file, which is worth more here than a log's sequential
+writes: the kernel's page cache absorbs the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from dmh.native import ffi, lib
 from dmh.store.base import Mask, PageBytes, PageNumbers, Store, StoreSpec
 
 HOLE_BYTES = 1 << 20
-"""Deleted runs shorter than this keep their blocks in the file: punching costs some 80 µs a call whatever the length."""
+"""Deleted runs shorter than this keep their blocks in the file: punching costs some 80 µs a call whatever the
+length.
+"""
 
 
 class PagedFile(Store):
@@ -42,13 +45,16 @@ class PagedFile(Store):
     def get_many(self, pages: PageNumbers, out: PageBytes) -> Mask:
         found = np.empty(len(pages), np.bool_)
         result = lib.dmh_fetch_pages(
-            self._fd, self._index_pointer, *self._arguments(pages), ffi.from_buffer("uint8_t[]", out), ffi.from_buffer("uint8_t[]", found), 0
+            self._fd, self._index_pointer, *self._arguments(pages), ffi.from_buffer("uint8_t[]", out),
+            ffi.from_buffer("uint8_t[]", found), 0
         )  # fmt: skip
         self._check(result, "reading")
         return found
 
     def local(self) -> tuple[int, Any]:
-        """For the monitor, which may read pages itself where that cannot block: the page file and a pointer to its index."""
+        """For the monitor, which may read pages itself where that cannot block: the page file and a pointer to its
+        index.
+        """
         return self._fd, self._index_pointer
 
     def put_many(self, pages: PageNumbers, data: PageBytes) -> None:

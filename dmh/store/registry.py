@@ -26,7 +26,9 @@ def store_class(url: str) -> type[Store]:
     for point in entry_points(group=GROUP, name=scheme):
         found: type[Store] = point.load()
         return found
-    raise StoreError(f"no store is known for {scheme}: URLs; known are {', '.join(schemes()) or 'none (is dmh installed?)'}")
+    raise StoreError(
+        f"no store is known for {scheme}: URLs; known are {', '.join(schemes()) or 'none (is dmh installed?)'}"
+    )
 
 
 def spec_to_wire(spec: StoreSpec) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Back-off around a store: what fails for now is tried again, and what stays away is told, not hidden.
 
-Owns the retry rule of `store.timeout` and `store.on_failure`; stores themselves never retry.  Used by resolvers (reading) and the
-evictor (writing).
+Owns the retry rule of `store.timeout` and `store.on_failure`; stores themselves never retry.  Used by resolvers
+(reading) and the evictor (writing).
 """
 
 from __future__ import annotations

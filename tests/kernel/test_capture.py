@@ -41,7 +41,9 @@ def plain(memory: Memory) -> Iterator[mmap.mmap]:
 
 
 class TestSplice:
-    def test_a_store_after_the_splice_is_in_the_pipe(self, memory: Memory, plain: mmap.mmap, pipe: tuple[int, int]) -> None:
+    def test_a_store_after_the_splice_is_in_the_pipe(
+        self, memory: Memory, plain: mmap.mmap, pipe: tuple[int, int]
+    ) -> None:
         """Capture does not stop the program: what it writes until the punch must still be in what was captured."""
         plain[:PAGE] = b"a" * PAGE
         assert os.splice(memory.fd, pipe[1], PAGE, offset_src=0) == PAGE
@@ -74,7 +76,9 @@ class TestSplice:
         moved = 0
         with pytest.raises(BlockingIOError):
             while True:
-                moved += os.splice(memory.fd, pipe[1], memory.size - moved, offset_src=moved, flags=os.SPLICE_F_NONBLOCK)
+                moved += os.splice(
+                    memory.fd, pipe[1], memory.size - moved, offset_src=moved, flags=os.SPLICE_F_NONBLOCK
+                )
         assert moved == 16 * PAGE
         assert fcntl.fcntl(pipe[1], F_SETPIPE_SZ, 256 * PAGE) == 256 * PAGE
 
@@ -87,7 +91,9 @@ class TestSplice:
         moved = 0
         with pytest.raises(BlockingIOError):
             while True:
-                moved += os.splice(memory.fd, pipe[1], memory.size - moved, offset_src=moved, flags=os.SPLICE_F_NONBLOCK)
+                moved += os.splice(
+                    memory.fd, pipe[1], memory.size - moved, offset_src=moved, flags=os.SPLICE_F_NONBLOCK
+                )
         assert moved == 15 * PAGE
 
 
@@ -152,7 +158,9 @@ class TestPunch:
             with pytest.raises(PermissionError):
                 os.ftruncate(memory.fd, size)
         with pytest.raises(PermissionError):
-            fcntl.fcntl(memory.fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE)  # no one may add the seal that the next test is about
+            fcntl.fcntl(
+                memory.fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE
+            )  # no one may add the seal that the next test is about
         memory.punch(0)
         assert memory.present() == []
 

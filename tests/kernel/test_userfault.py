@@ -35,7 +35,9 @@ def view(memory: Memory) -> View:
 
 class TestDescriptor:
     def test_is_close_on_exec_and_non_blocking(self, view: View) -> None:
-        """Without O_NONBLOCK poll() says POLLERR; without O_CLOEXEC a child would keep a dead program's pages frozen."""
+        """Without O_NONBLOCK poll() says POLLERR; without O_CLOEXEC a child would keep a dead program's pages
+        frozen.
+        """
         assert fcntl.fcntl(view.uffd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
         assert fcntl.fcntl(view.uffd, fcntl.F_GETFL) & os.O_NONBLOCK
 
@@ -231,7 +233,9 @@ class TestSafeMapping:
 
     def test_a_guarded_mapping_raises_sigsegv(self) -> None:
         """A stale array after close() must not read zeros."""
-        in_child("lib.dmh_guard_mapping(view.pointer, memory.size); lib.dmh_touch(view.pointer, 1, 1)", expect=signal.SIGSEGV)
+        in_child(
+            "lib.dmh_guard_mapping(view.pointer, memory.size); lib.dmh_touch(view.pointer, 1, 1)", expect=signal.SIGSEGV
+        )
 
     def test_the_last_descriptor_going_frees_blocked_threads_into_zeros(self, memory: Memory) -> None:
         """Why application and launcher both hold one as long as the region lives."""
@@ -300,7 +304,11 @@ class TestSystemCalls:
 
     def test_with_user_mode_faults_only_they_fail(self, memory: Memory) -> None:
         """What the warning at start-up is about: EFAULT, and never wrong bytes."""
-        opened = LIBC.syscall(ctypes.c_long(323), ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK | 1)) if sys.maxsize > 2**32 else -1
+        opened = (
+            LIBC.syscall(ctypes.c_long(323), ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK | 1))
+            if sys.maxsize > 2**32
+            else -1
+        )
         if opened < 0 or os.uname().machine != "x86_64":
             pytest.skip("needs UFFD_USER_MODE_ONLY")
         api = bytearray((0xAA).to_bytes(8, "little") + bytes(16))

@@ -1,7 +1,7 @@
 """The kernel's interfaces for tests: a memfd, its mappings, userfaultfd requests, and threads that touch pages.
 
-Written against the kernel's headers and not with dmh's own filling and waking, so that a kernel that differs is told from a dmh that
-errs.  Only opening, registering and mapping are dmh's: they are what an application's pages stand on.
+Written against the kernel's headers and not with dmh's own filling and waking, so that a kernel that differs is told
+from a dmh that errs.  Only opening, registering and mapping are dmh's: they are what an application's pages stand on.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class View:
     def copy(self, page: int, content: bytes) -> int:
         """UFFDIO_COPY: 0 or the error."""
         source = ctypes.create_string_buffer(content, len(content))
-        return self._request(COPY, struct.pack("QQQQq", self.base + page * PAGE, ctypes.addressof(source), len(content), 0, 0))
+        return self._request(
+            COPY, struct.pack("QQQQq", self.base + page * PAGE, ctypes.addressof(source), len(content), 0, 0)
+        )
 
     def zero(self, page: int) -> int:
         return self._request(ZEROPAGE, struct.pack("QQQq", self.base + page * PAGE, PAGE, 0, 0))

@@ -42,7 +42,11 @@ class Service:
 
     def left(self) -> list[str]:
         """What a service of this name has left behind."""
-        found = [str(path) for path in (service_directory(self.name), self.pages, self.pages.with_name("pages.index")) if path.exists()]
+        found = [
+            str(path)
+            for path in (service_directory(self.name), self.pages, self.pages.with_name("pages.index"))
+            if path.exists()
+        ]
         for directory in Path("/proc").glob("[0-9]*"):
             try:
                 if f"\0{self.name}\0".encode() in directory.joinpath("cmdline").read_bytes():
@@ -104,7 +108,9 @@ class TestRun:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     def test_a_signal_to_dmh_reaches_the_program(self, service: Service, number: signal.Signals) -> None:
         program = f"signal.signal({int(number)}, lambda *_: sys.exit(42))\n" + PROGRAM + "time.sleep(60)"
-        process = service.start("run", "-c", str(service.file), "--", sys.executable, "-c", "import signal, sys\n" + program)
+        process = service.start(
+            "run", "-c", str(service.file), "--", sys.executable, "-c", "import signal, sys\n" + program
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
@@ -116,7 +122,9 @@ class TestRun:
 
     def test_ctrl_c_reaches_the_program_once(self, service: Service) -> None:
         program = (
-            "import signal\nhits = []\nsignal.signal(signal.SIGINT, lambda *_: hits.append(1))\n" + PROGRAM + "time.sleep(1.0)\n"
+            "import signal\nhits = []\nsignal.signal(signal.SIGINT, lambda *_: hits.append(1))\n"
+            + PROGRAM
+            + "time.sleep(1.0)\n"
             "print(len(hits), flush=True)\n"
         )
         leader, follower = os.openpty()
@@ -141,7 +149,15 @@ class TestRun:
         process.wait(10)  # the fixture waits until nothing is left
 
     def test_a_worker_that_dies_ends_the_run_with_a_message_and_never_with_zeros(self, service: Service) -> None:
-        process = service.start("run", "-c", str(service.file), "--", sys.executable, "-c", PROGRAM + "time.sleep(0.5)\nprint(a[5], a.sum())\ntime.sleep(60)")
+        process = service.start(
+            "run",
+            "-c",
+            str(service.file),
+            "--",
+            sys.executable,
+            "-c",
+            PROGRAM + "time.sleep(0.5)\nprint(a[5], a.sum())\ntime.sleep(60)",
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         evictor = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "workers.evictor"], text=True).split()
@@ -173,7 +189,9 @@ class TestServe:
         assert process.stdout is not None
         assert "serving" in process.stdout.readline()
         process.stdout.readline()
-        first = f"import dmh; r = dmh.attach({service.name!r}); a = r.ndarray(100_000, 'i4', 65536); a[:] = 5; r.evict(a)"
+        first = (
+            f"import dmh; r = dmh.attach({service.name!r}); a = r.ndarray(100_000, 'i4', 65536); a[:] = 5; r.evict(a)"
+        )
         second = f"import dmh; r = dmh.attach({service.name!r}); a = r.ndarray(100_000, 'i4', 65536); print(a.sum())"
         subprocess.run([sys.executable, "-c", first], check=True, timeout=30)
         assert subprocess.check_output([sys.executable, "-c", second], text=True, timeout=30) == "500000\n"
@@ -234,7 +252,9 @@ class TestServe:
         (["region.sise=1MiB"], "region.size"),
     ],
 )
-def test_settings_that_cannot_be_are_told_and_nothing_is_started(service: Service, settings: list[str], says: str) -> None:
+def test_settings_that_cannot_be_are_told_and_nothing_is_started(
+    service: Service, settings: list[str], says: str
+) -> None:
     done = service.run("echo", "ran", options=tuple(word for s in settings for word in ("--set", s)))
     assert done.returncode in (2, 125)
     assert says in done.stderr
@@ -251,7 +271,10 @@ def test_a_page_file_in_use_is_refused(service: Service, tmp_path: Path) -> None
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody who may not use userfaultfd")
 def test_a_user_who_may_not_use_userfaultfd_is_told_what_to_do(tmp_path: Path) -> None:
-    if os.stat("/dev/userfaultfd").st_mode & 0o006 or Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":
+    if (
+        os.stat("/dev/userfaultfd").st_mode & 0o006
+        or Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
+    ):
         pytest.skip("everybody may use userfaultfd here")
     code = (
         "import os, logging; logging.basicConfig(); from dmh.service.launcher import probe_kernel; os.setgroups([]); os.setgid(65534);"
@@ -266,7 +289,9 @@ def test_a_user_who_may_not_use_userfaultfd_is_told_what_to_do(tmp_path: Path) -
 
 @pytest.mark.parametrize("benchmark_name", ["latency", "stream"])
 def test_a_benchmark_runs_and_prints_rows(benchmark_name: str) -> None:
-    done = subprocess.run([*DMH, "bench", benchmark_name, "--quick", "--json"], capture_output=True, text=True, timeout=55)
+    done = subprocess.run(
+        [*DMH, "bench", benchmark_name, "--quick", "--json"], capture_output=True, text=True, timeout=55
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     keys = {"benchmark", "case", "subject", "metric", "unit", "median", "p99", "runs", "ratio"}

@@ -92,7 +92,9 @@ class TestArrays:
             (lambda r: r.discard(r.empty((100, 100))[:, ::2]), "contiguous"),
         ],
     )
-    def test_what_cannot_be_is_refused(self, open_region: OpenRegion, call: Callable[[dmh.Region], object], words: str) -> None:
+    def test_what_cannot_be_is_refused(
+        self, open_region: OpenRegion, call: Callable[[dmh.Region], object], words: str
+    ) -> None:
         with pytest.raises(RegionError, match=words):
             call(open_region())
 
@@ -151,7 +153,10 @@ class TestHints:
 
     def test_too_much_cannot_be_pinned(self, open_region: OpenRegion) -> None:
         region = open_region()
-        with pytest.raises(RegionError, match="too little of memory.limit"), region.pin(region.empty(region.size // 2, "u1")):
+        with (
+            pytest.raises(RegionError, match="too little of memory.limit"),
+            region.pin(region.empty(region.size // 2, "u1")),
+        ):
             pass
 
 

@@ -1,8 +1,8 @@
 """The reference's own scenarios, against a live userfaultfd: which pages LPET takes, and that they come back byte for byte.
 
-Thresholds count local pages (resident and staged).  Read-ahead is off and one resolver works, so that every page that comes in is one
-that was touched.  Where memory.limit less the buffer equals the high threshold, the fault that finds it reached waits until LPET is down
-to the low one, as in the reference.
+Thresholds count local pages (resident and staged).  Read-ahead is off and one resolver works, so that every page that
+comes in is one that was touched.  Where memory.limit less the buffer equals the high threshold, the fault that finds
+it reached waits until LPET is down to the low one, as in the reference.
 """
 
 from __future__ import annotations
@@ -62,7 +62,12 @@ def test_one_touched_page_is_asked_for_and_zero_filled(open_region: OpenRegion) 
 
 def test_four_and_two_of_five_pages_the_first_two_go_out(open_region: OpenRegion, policy: str) -> None:
     region = open_region(
-        *SIMPLE, "memory.limit=32KiB", "evictor.buffer=4 pages", "memory.high=4 pages", "memory.low=2 pages", f"evictor.policy={policy}"
+        *SIMPLE,
+        "memory.limit=32KiB",
+        "evictor.buffer=4 pages",
+        "memory.high=4 pages",
+        "memory.low=2 pages",
+        f"evictor.policy={policy}",
     )
     array = region.empty((5, 4096), "u1")
     fill(array, range(5))
@@ -81,7 +86,12 @@ def test_four_and_two_of_five_pages_the_first_two_go_out(open_region: OpenRegion
 
 def test_twenty_and_ten_of_two_areas_and_a_page_the_first_area_goes_out(open_region: OpenRegion, policy: str) -> None:
     region = open_region(
-        *SIMPLE, "memory.limit=160KiB", "evictor.buffer=20 pages", "memory.high=20 pages", "memory.low=10 pages", f"evictor.policy={policy}"
+        *SIMPLE,
+        "memory.limit=160KiB",
+        "evictor.buffer=20 pages",
+        "memory.high=20 pages",
+        "memory.low=10 pages",
+        f"evictor.policy={policy}",
     )
     array = region.empty((21, 4096), "u1")
     fill(array, range(10))
@@ -100,7 +110,12 @@ def test_twenty_and_ten_of_two_areas_and_a_page_the_first_area_goes_out(open_reg
 def test_twenty_and_fifteen_of_five_areas_the_used_ones_stay(open_region: OpenRegion) -> None:
     """The cyclic idle walk: areas 2 and 3 are used again before area 1 is touched, and LPET takes area 4."""
     region = open_region(
-        *SIMPLE, "memory.limit=160KiB", "evictor.buffer=20 pages", "memory.high=20 pages", "memory.low=15 pages", "evictor.policy=idle-walk"
+        *SIMPLE,
+        "memory.limit=160KiB",
+        "evictor.buffer=20 pages",
+        "memory.high=20 pages",
+        "memory.low=15 pages",
+        "evictor.policy=idle-walk",
     )
     array = region.empty((25, 4096), "u1")
     one, two, three, four, five = (range(n, n + 5) for n in range(0, 25, 5))

@@ -1,4 +1,6 @@
-"""System calls on absent pages: the kernel touches the memory itself, waits for the page like any thread, and succeeds."""
+"""System calls on absent pages: the kernel touches the memory itself, waits for the page like any thread, and
+succeeds.
+"""
 
 from __future__ import annotations
 

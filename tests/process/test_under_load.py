@@ -1,4 +1,6 @@
-"""Correctness under load: not one lost update, every byte as the model has it, and the memory limit held while it runs."""
+"""Correctness under load: not one lost update, every byte as the model has it, and the memory limit held while it
+runs.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ COUNTING = """
     problems = []
 
     def work(worker):
-        # Its own counters in every page, so that pages are shared and counters are not; the shadow is in private memory.
+        # Its own counters in every page, so that pages are shared and counters are not; the shadow is in private
+        # memory.
         mine = counters[:, worker::workers]
         shadow = np.zeros(mine.shape, "i8")
         rng = np.random.default_rng((7, worker))
@@ -67,7 +70,9 @@ COUNTING = """
 
 @contextmanager
 def limit_watched(look: Inside) -> Iterator[list[int]]:
-    """While the block runs, hold the kernel's figures against the limit; yields the list that gets the number of samples."""
+    """While the block runs, hold the kernel's figures against the limit; yields the list that gets the number of
+    samples.
+    """
     bounds = int(look.table.raw.resident_max) * look.table.page_size, look.table.slots * look.table.page_size
     worst, samples, done = [0, 0], [0], threading.Event()
 
@@ -96,7 +101,9 @@ class TestLostUpdates:
         try:
             with inside(region) as look, limit_watched(look) as samples:
                 for process in range(processes):
-                    crew.append(start_python(COUNTING, region.name, *arguments, process, threads, processes * threads, rounds))
+                    crew.append(
+                        start_python(COUNTING, region.name, *arguments, process, threads, processes * threads, rounds)
+                    )
                 for member in crew:
                     assert member.stdout is not None
                     assert member.stdout.readline() == "ready\n"
@@ -130,7 +137,9 @@ class TestLostUpdates:
         return stats
 
     @pytest.mark.parametrize(("policy", "store"), [("fifo", "file"), ("idle-walk", "memory")])
-    def test_tens_of_thousands_of_evictions(self, open_region: OpenRegion, tmp_path: Path, policy: str, store: str) -> None:
+    def test_tens_of_thousands_of_evictions(
+        self, open_region: OpenRegion, tmp_path: Path, policy: str, store: str
+    ) -> None:
         region = open_region(
             "region.size=5MiB", "memory.limit=256KiB", "evictor.buffer=16 pages", f"evictor.policy={policy}", "workers.resolvers=3",
             f"store.url={'memory:' if store == 'memory' else f'file://{tmp_path}/pages'}",
@@ -159,9 +168,15 @@ class TestLostUpdates:
 class TestSmallLimits:
     @pytest.mark.parametrize("policy", ["fifo", "idle-walk"])
     @pytest.mark.parametrize("buffer", ["1 pages", "6 pages"])
-    def test_eight_pages_do_not_deadlock(self, open_region: OpenRegion, rng: np.random.Generator, policy: str, buffer: str) -> None:
+    def test_eight_pages_do_not_deadlock(
+        self, open_region: OpenRegion, rng: np.random.Generator, policy: str, buffer: str
+    ) -> None:
         region = open_region(
-            "memory.limit=32KiB", f"evictor.buffer={buffer}", f"evictor.policy={policy}", "workers.resolvers=4", "region.size=2MiB"
+            "memory.limit=32KiB",
+            f"evictor.buffer={buffer}",
+            f"evictor.policy={policy}",
+            "workers.resolvers=4",
+            "region.size=2MiB",
         )
         data = rng.integers(0, 256, 100 * 4096, np.uint8)
         first, second = region.empty(data.shape, "u1"), region.empty(data.shape, "u1")
@@ -220,7 +235,9 @@ def against_a_model(region: dmh.Region, look: Inside, pages: int) -> type[RuleBa
     """A state machine over arrays of `region`; the model is a bytearray."""
     size = pages * region.page_size
     places = st.integers(0, size - 1)
-    lengths = st.sampled_from([1, 7, region.page_size - 1, region.page_size, region.page_size + 1, 3 * region.page_size, size])
+    lengths = st.sampled_from(
+        [1, 7, region.page_size - 1, region.page_size, region.page_size + 1, 3 * region.page_size, size]
+    )
     spans = st.builds(lambda start, length: slice(start, min(start + length, size)), places, lengths)
 
     class AgainstAModel(RuleBasedStateMachine):
@@ -303,7 +320,9 @@ def against_a_model(region: dmh.Region, look: Inside, pages: int) -> type[RuleBa
 @pytest.mark.parametrize(
     ("policy", "page_size", "store"), [("fifo", 4096, "file"), ("idle-walk", 4096, "memory"), ("fifo", 65536, "memory")]
 )
-def test_any_use_agrees_with_a_model(open_region: OpenRegion, tmp_path: Path, policy: str, page_size: int, store: str) -> None:
+def test_any_use_agrees_with_a_model(
+    open_region: OpenRegion, tmp_path: Path, policy: str, page_size: int, store: str
+) -> None:
     region = open_region(
         f"region.page_size={page_size}", f"region.size={128 * page_size}", f"memory.limit={12 * page_size}", "evictor.buffer=3 pages",
         f"evictor.policy={policy}", f"store.url={'memory:' if store == 'memory' else f'file://{tmp_path}/pages'}",
@@ -312,6 +331,10 @@ def test_any_use_agrees_with_a_model(open_region: OpenRegion, tmp_path: Path, po
         run_state_machine_as_test(
             against_a_model(region, look, 24),
             settings=settings(
-                max_examples=25, stateful_step_count=30, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+                max_examples=25,
+                stateful_step_count=30,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
             ),
         )

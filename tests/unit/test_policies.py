@@ -165,7 +165,9 @@ class TestIdleWalk:
         assert len(policy) == 2
 
     def test_asked_for_more_than_there_is(self) -> None:
-        """LPET's quota counts every local page, the pinned and the discarded ones too, which the policy does not know."""
+        """LPET's quota counts every local page, the pinned and the discarded ones too, which the policy does not
+        know.
+        """
         memory = Memory(IdleWalk(), high=9, low=6)
         memory.touch([0, 1])
         memory.step(5, 100)
@@ -199,7 +201,9 @@ def test_a_page_is_known_once(name: str, data: st.DataObject) -> None:
 
 
 class AnyUse(RuleBasedStateMachine):
-    """Any policy: pages come, are used, are discarded and are evicted in any order, and the marks that LPET makes may fail."""
+    """Any policy: pages come, are used, are discarded and are evicted in any order, and the marks that LPET makes
+    may fail.
+    """
 
     policy: type[Policy] = Fifo
 
@@ -223,7 +227,9 @@ class AnyUse(RuleBasedStateMachine):
         for page in choice.mark:
             self.memory.policy.arrived([page], [False])
         for page in choice.evict:
-            self.memory.policy.arrived([page], [False]) if page in self.memory.resident else self.memory.staged.discard(page)
+            self.memory.policy.arrived([page], [False]) if page in self.memory.resident else self.memory.staged.discard(
+                page
+            )
 
     @precondition(lambda self: self.memory.local)
     @rule(data=st.data())

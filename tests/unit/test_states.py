@@ -57,7 +57,8 @@ def test_only_listed_edges_are_legal(old: State, new: State) -> None:
 
 def test_memory_is_entered_and_left_through_a_claim() -> None:
     """Without a claim in between, two workers could bring in, or take out, one page at a time."""
-    assert all(new is State.FETCHING or State.RESIDENT not in TRANSITIONS[old] for old, edges in TRANSITIONS.items() for new in edges
+    assert all(new is State.FETCHING or State.RESIDENT not in TRANSITIONS[old] for old, edges in TRANSITIONS.items()
+    for new in edges
                if old not in (State.FETCHING, State.EVICTING))  # fmt: skip
     assert {old for old in State if State.RESIDENT in TRANSITIONS[old]} == {State.FETCHING, State.EVICTING}
     assert TRANSITIONS[State.RESIDENT] <= {State.EVICTING, State.POISONED}
@@ -93,7 +94,10 @@ class TestNativeTable:
                 table.words[5] = pack(old, 0, None, 9)
                 lib.dmh_move(table.raw, 5, pack(old, 0, None, 9), new, 0, -1)
                 """
-            if (old, new) in ((State.NEW, State.RESIDENT), (State.STAGED, State.EVICTING)):  # two for all: a process each
+            if (old, new) in (
+                (State.NEW, State.RESIDENT),
+                (State.STAGED, State.EVICTING),
+            ):  # two for all: a process each
                 ended = run_python(code, int(old), int(new))
                 assert ended.returncode == -6
                 assert f"cannot go from {old.name} to {new.name}" in ended.stderr
@@ -137,7 +141,12 @@ class TestNativeTable:
     def test_states_are_counted_and_listed(self, table: Table) -> None:
         for page, state in {3: State.STORED, 9: State.STAGED, 10: State.STAGED, 63: State.RESIDENT}.items():
             table.words[page] = pack(state)
-        assert table.states() == dict.fromkeys(State, 0) | {State.NEW: 60, State.STORED: 1, State.STAGED: 2, State.RESIDENT: 1}
+        assert table.states() == dict.fromkeys(State, 0) | {
+            State.NEW: 60,
+            State.STORED: 1,
+            State.STAGED: 2,
+            State.RESIDENT: 1,
+        }
         assert table.in_state(State.STAGED).tolist() == [9, 10]
         assert table.in_state(State.STAGED, 10, 64).tolist() == [10]
         assert table.in_state(State.NEW, 62).tolist() == [62]

@@ -53,9 +53,11 @@ def test_interleaved_scans_in_both_directions() -> None:
 
 
 def test_random_access_makes_no_windows() -> None:
-    chosen = random.Random(7).sample(range(0, 1 << 30), 3000)
+    chosen = random.Random(7).sample(range(1 << 30), 3000)
     streams = Streams(limit=256)
-    assert sum(streams.observe(1, page)[1] for page in chosen) <= FIRST_WINDOW * 3  # a coincidence in a gigapage is rare
+    assert (
+        sum(streams.observe(1, page)[1] for page in chosen) <= FIRST_WINDOW * 3
+    )  # a coincidence in a gigapage is rare
 
 
 def test_a_limit_of_zero_reads_nothing_ahead() -> None:
@@ -86,7 +88,9 @@ def test_the_window_collapses_when_the_scan_ends() -> None:
 
 
 def test_a_scan_that_was_cut_short_goes_on() -> None:
-    """The resolver brings in less than the window where there is no room: the fault before the expected page is no surprise."""
+    """The resolver brings in less than the window where there is no room: the fault before the expected page is no
+    surprise.
+    """
     streams = Streams(limit=64)
     for page in (0, 1, 6):
         streams.observe(1, page)

@@ -1,8 +1,8 @@
 """What an eviction policy is: the order of victims, decided without I/O.
 
-A policy is told what comes and goes (`arrived`, `returned`, `gone`) and asked for the next batch (`choose`).  It answers with
-pages to *mark* and pages to *evict*; what the words mean is LPET's business.  It never looks at memory, time or the table, so
-the same code runs in the evictor, in a simulation and in a test.
+A policy is told what comes and goes (`arrived`, `returned`, `gone`) and asked for the next batch (`choose`).  It
+answers with pages to *mark* and pages to *evict*; what the words mean is LPET's business.  It never looks at memory,
+time or the table, so the same code runs in the evictor, in a simulation and in a test.
 """
 
 from __future__ import annotations

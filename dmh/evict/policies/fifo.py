@@ -3,7 +3,8 @@
     arrive(p):  append p
     choose(n):  the n pages at the front
 
-Knows nothing about use.  It is the baseline that every other policy is measured against, and what CLOCK is without accessed bits.
+Knows nothing about use.  It is the baseline that every other policy is measured against, and what CLOCK is without
+accessed bits.
 """
 
 from __future__ import annotations

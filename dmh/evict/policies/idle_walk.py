@@ -6,8 +6,8 @@
     a page that arrives stands just behind the hand: it is looked at last
     a page that is used after it was marked is not marked any more, and keeps its place
 
-The walk ends when enough pages are evicted.  In the worst case it goes round once marking everything and then evicts from where it
-began.  "Used since" is answered by the idle source.
+The walk ends when enough pages are evicted.  In the worst case it goes round once marking everything and then evicts
+from where it began.  "Used since" is answered by the idle source.
 """
 
 from __future__ import annotations
