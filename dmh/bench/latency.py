@@ -16,13 +16,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dmh.bench.floor import Floor
 from dmh.bench.rows import Row, Samples, interleave, summarize
-from dmh.bench.subject import Mismatch, Options, address, service, stamp, touch
+from dmh.bench.subject import MismatchError, Options, address, service, stamp, touch
 from dmh.region.region import Region
 
 PAGES, QUICK_PAGES = 1500, 60
+
+Offsets = npt.NDArray[np.uint64]
 
 
 def run(options: Options, progress: Callable[[str], None]) -> list[Row]:
@@ -38,7 +41,7 @@ def run(options: Options, progress: Callable[[str], None]) -> list[Row]:
             "dmh-pool": stack.enter_context(_region(options, pages, inline=False)),
         }
 
-        def order() -> np.ndarray:  # type: ignore[type-arg]
+        def order() -> Offsets:
             return generator.permutation(pages).astype(np.uint64) * np.uint64(size)
 
         def on_floor() -> Samples:
@@ -49,7 +52,7 @@ def run(options: Options, progress: Callable[[str], None]) -> list[Row]:
             array = region.empty(pages * size, "u1")
             times = touch(address(array), order())
             if array.any():
-                raise Mismatch("a new page does not read as zeros")
+                raise MismatchError("a new page does not read as zeros")
             return times
 
         subjects: dict[str, Callable[[], Samples]] = {"floor": on_floor}
@@ -65,7 +68,7 @@ def run(options: Options, progress: Callable[[str], None]) -> list[Row]:
             regions[name].evict(arrays[name])
             times = touch(address(arrays[name]), order())
             if not np.array_equal(arrays[name][:: size // 8], np.arange(pages)):
-                raise Mismatch("a page came back from the store with other bytes than were written")
+                raise MismatchError("a page came back from the store with other bytes than were written")
             return times
 
         subjects = {"floor": on_floor}
@@ -95,7 +98,7 @@ class _MappedFile:
         stamp(content, page_size)
         content.tofile(self._path)
 
-    def touch(self, offsets: np.ndarray) -> Samples:  # type: ignore[type-arg]
+    def touch(self, offsets: Offsets) -> Samples:
         mapped = np.memmap(self._path, np.uint8, "r")
         return touch(address(mapped), offsets)
 

@@ -17,9 +17,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dmh.bench.rows import Row, Samples, interleave, summarize
-from dmh.bench.subject import Mismatch, Options, address, service, stamp, stamped_sum
+from dmh.bench.subject import MismatchError, Options, address, service, stamp, stamped_sum
 from dmh.native import lib
 
 SIZE, QUICK_SIZE = 512 << 20, 16 << 20
@@ -35,7 +36,7 @@ def run(options: Options, progress: Callable[[str], None]) -> list[Row]:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="dmh-bench-", dir="/var/tmp"))
         path = Path(directory) / "mapped"
         content = np.memmap(path, np.uint64, "w+", shape=(size // 8,))
-        arrays = {"memmap": content}
+        arrays: dict[str, npt.NDArray[np.uint64]] = {"memmap": content}
         for name, inline in (("dmh", True), ("dmh-pool", False)):
             region = stack.enter_context(service(options, size=size + (size >> 4), limit=limit, inline=inline))
             arrays[name] = region.empty(size // 8, "u8")
@@ -50,7 +51,7 @@ def run(options: Options, progress: Callable[[str], None]) -> list[Row]:
             total = lib.dmh_sum_words(address(arrays[name]), size)
             seconds = time.perf_counter() - began
             if total != expected[name]:
-                raise Mismatch(f"{name}: the sum of what was read is not the sum of what was written")
+                raise MismatchError(f"{name}: the sum of what was read is not the sum of what was written")
             return np.array([size / seconds / 1e6])
 
         def update(name: str) -> Samples:

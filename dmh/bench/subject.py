@@ -61,7 +61,7 @@ def service(options: Options, *, size: int, limit: int, inline: bool, prefetch: 
             yield region
 
 
-class Mismatch(DmhError):
+class MismatchError(DmhError):
     """A benchmark read bytes that it had not written; its figures mean nothing."""
 
 

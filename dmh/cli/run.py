@@ -1,6 +1,7 @@
 """``dmh run``: a service around one program.
 
-Owns the program's process: its environment, its signals, its exit status.  The service itself is `dmh.service.launcher`.
+Owns the program's process: its environment, its signals, its exit status.  The service is
+`dmh.service.launcher`.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ def _stop_on_signals(launcher: Launcher) -> None:
         if set(numbers) == {signal.SIGINT} and launcher.clients.attached and not warned:
             warned = True
             print(
-                f"dmh: {launcher.clients.attached} programs use this service and would be ended with it; once more to stop "
-                "all the same",
+                f"dmh: {launcher.clients.attached} programs use this service and would be ended with it; "
+                "once more to stop all the same",
                 flush=True,
             )
             return

@@ -1,4 +1,4 @@
-"""Types of the compiled module; `tests/unit/test_native_stub.py` holds it against api.h.  Errors are -errno unless api.h says otherwise."""
+"""Types of the compiled module (tests/unit/test_native_stub.py compares them); what the calls do stands in api.h."""
 
 from typing import Any
 

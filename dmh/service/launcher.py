@@ -9,6 +9,7 @@ of its own, by `dmh.open`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -130,7 +131,7 @@ class Launcher:
         self.pool.start()
         self.pool.wait_ready()
         for worker in self.pool.workers:
-            self._watch(worker.channel, lambda worker=worker: self._read_worker(worker))
+            self._watch(worker.channel, functools.partial(self._read_worker, worker))
         self._listen()
 
     def _spin_us(self) -> int:
