@@ -39,8 +39,11 @@ def main() -> None:
             resolver.resolve(request, demand=bool(request.demand))
             completed[setup.number] += 1
             continue
+        frame = inbox.receive()
+        if frame is None:
+            continue
         try:
-            kind, requests = wire.unpack(inbox.receive())
+            kind, requests = wire.unpack(frame)
         except ProtocolError as error:
             worker.log.warning("a fault message was refused: %s", error)
             table.count(setup.number, "refused")

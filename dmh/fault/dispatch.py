@@ -54,8 +54,12 @@ class Dispatcher:
         self._context.term()
 
 
+LOOK_UP_MS = 1000
+"""A resolver that sleeps looks up so often: its socket's name may be gone before the frame that tells it to stop comes."""
+
+
 class Inbox:
-    """The resolver's end: yields the requests of every well-formed frame until told to stop."""
+    """The resolver's end."""
 
     def __init__(self, directory: str, number: int) -> None:
         self._address = resolver_address(directory, number)
@@ -63,11 +67,15 @@ class Inbox:
         self._socket: Any = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVTIMEO, LOOK_UP_MS)
         self._socket.bind(self._address)
 
-    def receive(self) -> bytes:
-        """The next frame; waits."""
-        frame: bytes = self._socket.recv()
+    def receive(self) -> bytes | None:
+        """The next frame; None when there was none for a while, so that the caller can see whether it is to stop."""
+        try:
+            frame: bytes = self._socket.recv()
+        except zmq.Again:
+            return None
         return frame
 
     def interrupt(self) -> None:

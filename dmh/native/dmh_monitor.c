@@ -48,11 +48,9 @@ static uint64_t spin_until(struct dmh_ctx *c, int spin_us, uint64_t now)
 
 static int wait_for_messages(struct dmh_ctx *c, struct epoll_event *ready, int timeout_ms, int spin_us)
 {
-    int n = epoll_wait(c->epoll_fd, ready, MESSAGES, 0);
-    if (n || !timeout_ms)
-        return n;
-    uint64_t now = now_ns(), end = spin_until(c, spin_us, now);
+    uint64_t now = c->last_ns, end = spin_until(c, spin_us, now);
     if (now < end) {
+        int n;
         uint64_t before = preemptions();
         while (now < end) {
             if ((n = epoll_wait(c->epoll_fd, ready, MESSAGES, 0)) != 0)
@@ -176,7 +174,9 @@ int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
     p->thread = r->thread;
     p->ns = r->ns;
     p->found[0] = 1;
-    dmh_install(c, p, c->page_buffer, 1);
+    if (dmh_install(c, p, c->page_buffer, 1))
+        fprintf(stderr, "dmh[%d]: page %llu is lost: its stored bytes are missing or not the ones that were stored; access raises "
+                "SIGBUS\n", (int)getpid(), (unsigned long long)page);
     return 1;
 }
 
@@ -224,25 +224,17 @@ static int look_up(struct dmh_ctx *c, struct view *v, uint64_t address, uint64_t
     }
 }
 
-/*
- * Wait for page faults and return those that need a resolver, several messages for one page as one.
- * 0 after timeout_ms, after dmh_interrupt, or when everything that came was answered here.
- */
-int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us)
+/* Read what is ready, look every page up, and list the faults that are still wanted.  *interrupted: dmh_interrupt was called. */
+static int read_messages(struct dmh_ctx *c, const struct epoll_event *ready, int events, struct dmh_request *out, int max,
+                         uint64_t at, int *interrupted)
 {
-    struct epoll_event ready[MESSAGES];
     struct uffd_msg messages[MESSAGES];
-    int n = 0, events = wait_for_messages(c, ready, timeout_ms, spin_us);
-    if (events <= 0)
-        return events < 0 && errno != EINTR ? -errno : 0;
-    uint64_t at = now_ns(), gap = at - c->last_ns;
-    c->gap_ns = (7 * c->gap_ns + (gap < GAP_MOST_NS ? gap : GAP_MOST_NS)) / 8;
+    int n = 0;
     pthread_rwlock_rdlock(&c->lock);
     for (int i = 0; i < events; i++) {
         if (ready[i].data.u32 == 0) {
-            uint64_t ignored;
-            if (read(c->event_fd, &ignored, 8) < 0)
-                continue;
+            uint64_t calls;
+            *interrupted |= read(c->event_fd, &calls, 8) == 8;
             continue;
         }
         struct view *v = find_view(c, ready[i].data.u32);
@@ -271,12 +263,30 @@ int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout
         }
     }
     pthread_rwlock_unlock(&c->lock);
-    int left = 0;
-    for (int i = 0; i < n; i++)
-        if (may_be_stream(c, out[i].thread, out[i].page) || !dmh_resolve_here(c, &out[i]))
-            out[left++] = out[i];
-    c->last_ns = now_ns();
-    return left;
+    return n;
+}
+
+/*
+ * Wait for page faults, answer here what can be answered here, and return those that need Python: a fault that may belong to a scan (resolver
+ * 0), or one for a resolver that sleeps.  Several messages for one page count as one.  0 after timeout_ms without any, or after dmh_interrupt.
+ */
+int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us)
+{
+    struct epoll_event ready[MESSAGES];
+    for (;;) {
+        int events = wait_for_messages(c, ready, timeout_ms, spin_us), interrupted = 0, left = 0;
+        if (events <= 0)
+            return events < 0 && errno != EINTR ? -errno : 0;
+        uint64_t at = now_ns(), gap = at - c->last_ns;
+        c->gap_ns = (7 * c->gap_ns + (gap < GAP_MOST_NS ? gap : GAP_MOST_NS)) / 8;
+        int n = read_messages(c, ready, events, out, max, at, &interrupted);
+        for (int i = 0; i < n; i++)
+            if (may_be_stream(c, out[i].thread, out[i].page) || !dmh_resolve_here(c, &out[i]))
+                out[left++] = out[i];
+        c->last_ns = now_ns();
+        if (left || interrupted)
+            return left;
+    }
 }
 
 /* A resolver died: what was sent to it will have to be sent again. */

@@ -200,15 +200,14 @@ class TestFreeing:
         region = dmh.attach(sys.argv[1])
         array = region.empty(region.page_size * 20, "u1")
         array[:] = 1
-        pinned = region.pin(array[: region.page_size * 5])
-        pinned.__enter__()
-        print("ready", flush=True)
-        sys.stdin.readline()
+        with region.pin(array[: region.page_size * 5]):
+            print("ready", flush=True)
+            sys.stdin.readline()
         """
 
     @pytest.mark.parametrize("how", ["ends", "is killed"])
     def test_what_a_program_held_is_given_back_when_it(self, open_region: OpenRegion, how: str) -> None:
-        region = open_region()
+        region = open_region("prefetch.enabled=false")
         program = start_python(self.ATTACHED, region.name)
         assert program.stdout is not None
         assert program.stdout.readline() == "ready\n"
