@@ -11,6 +11,7 @@ so no page has two writers and no old version overtakes a new one.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 
 import numpy as np
@@ -51,6 +52,10 @@ class Evictor:
 
     def run(self) -> None:
         """Until told to stop."""
+        with contextlib.suppress(Stopped):
+            self._run()
+
+    def _run(self) -> None:
         raw, stopping = self.table.raw, self.worker.stopping
         while not stopping.is_set():
             seen = raw.bell

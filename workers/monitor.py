@@ -21,6 +21,7 @@ from dmh.service.channel import Message
 from dmh.service.paths import ServiceDirectory
 from dmh.service.worker import Worker
 from dmh.store.paged_file import PagedFile
+from dmh.store.registry import store_class
 
 BATCH = 64
 TIMEOUT_MS = 1000
@@ -31,10 +32,10 @@ def main() -> None:
     worker = Worker("monitor")
     setup, context = worker.setup, worker.context
     check(lib.dmh_ctx_watch(context, setup.follow), "watching userfaultfds")
-    store = worker.open_store() if setup.inline else None
-    if store is not None:
-        # What cannot block is resolved where it is seen; of a store that is local to this machine, that includes
-        # stored pages.
+    if setup.inline:
+        # What cannot block is resolved where it is seen; that includes stored pages of a store that is local.
+        local = issubclass(store_class(setup.store["url"]), PagedFile)
+        store = worker.open_store() if local else None
         lib.dmh_ctx_inline(context, *(store.local() if isinstance(store, PagedFile) else (-1, ffi.NULL)))
     dispatcher = Dispatcher(setup.directory, setup.resolvers)
     streams = Streams(setup.window)

@@ -55,7 +55,7 @@ class Dispatcher:
 
 
 LOOK_UP_MS = 1000
-"""A resolver that sleeps looks up so often: its socket's name may be gone before the frame that tells it to stop comes."""
+"""A sleeping resolver looks up so often: its socket may be gone before the frame that tells it to stop comes."""
 
 
 class Inbox:
@@ -71,7 +71,7 @@ class Inbox:
         self._socket.bind(self._address)
 
     def receive(self) -> bytes | None:
-        """The next frame; None when there was none for a while, so that the caller can see whether it is to stop."""
+        """The next frame; None when there was none for a while: is it to stop?"""
         try:
             frame: bytes = self._socket.recv()
         except zmq.Again:

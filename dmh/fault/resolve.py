@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dmh.errors import PageCorrupt, StoreUnavailable
+from dmh.errors import StoreError
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
 from dmh.store.base import Store
@@ -79,7 +79,7 @@ class Resolver:
             found = self._retry.call("fetching pages", lambda: self._store.get_many(pages, out))
         except Stopped:
             return False
-        except (StoreUnavailable, PageCorrupt) as error:
+        except StoreError as error:
             log.error("pages %d.. of region %s are given up: %s", int(pages[0]), self._region, error)
             found = np.zeros(n, np.bool_)
         self._found[:n] = found

@@ -126,7 +126,6 @@ int      dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int ti
 void     dmh_ctx_inline(struct dmh_ctx *c, int store_fd, const uint64_t *store_index);
 int      dmh_resolve_here(struct dmh_ctx *c, struct dmh_request *r);
 int      dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r);
-void     dmh_forget_dispatched(struct dmh_ctx *c);
 
 /* ---- resolver: claim, install ---- */
 

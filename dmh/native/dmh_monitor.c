@@ -288,6 +288,3 @@ int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout
             return left;
     }
 }
-
-/* A resolver died: what was sent to it will have to be sent again. */
-void dmh_forget_dispatched(struct dmh_ctx *c) { memset(c->seen, 0, c->s->pages * sizeof *c->seen); }

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +149,15 @@ class TestAfterTheEnd:
 
 
 class TestFreeing:
+    def test_many_arrays_do_not_hold_up_the_end(self, open_region: OpenRegion) -> None:
+        """A worker that does not end in time is killed after five seconds."""
+        region = open_region("region.size=8MiB")
+        arrays = [region.empty(4096, "u1") for _ in range(2000)]
+        began = time.monotonic()
+        region.close()
+        assert time.monotonic() - began < 3
+        assert len(arrays) == 2000
+
     def test_a_free_that_meets_a_request_is_not_forgotten(self, open_region: OpenRegion) -> None:
         """Arrays end in any thread, also while another is in a request; their pages must go back without a further array."""
         region = open_region()
@@ -256,8 +267,6 @@ class TestSharing:
             print(zlib.crc32(array.tobytes()))
             array[:] = 255 - array
             """
-        import zlib
-
         expected = np.stack([pattern(page, 4096) for page in range(100)])
         for _ in range(2):
             region.evict()
@@ -269,18 +278,28 @@ class TestSharing:
 
 
 class TestFlush:
-    def test_what_was_stored_a_moment_ago_is_in_the_store(self, open_region: OpenRegion) -> None:
+    @pytest.mark.parametrize("inline", ["true", "false"])
+    def test_what_was_stored_a_moment_ago_is_in_the_store(self, open_region: OpenRegion, inline: str) -> None:
         """The kernel lets a thread go on as soon as its page is filled, before the table says RESIDENT: flush must not miss it."""
-        region = open_region("prefetch.enabled=false", "workers.inline=false")
-        array = region.empty((400, 4096), "u1")
+        region = open_region(
+            "prefetch.enabled=false", f"workers.inline={inline}", "region.size=8MiB", "memory.limit=4MiB"
+        )
+        array = region.empty((1000, 4096), "u1")
         missed = []
-        with inside(region) as look:
-            first = page_of(region, array)
-            for page in range(400):
-                array[page, 5] = 1
-                region.flush(array[page])
-                if look.table.copies[first + page] != Copy.VALID:
-                    missed.append(page)
+        # Others want the processors too, so that a worker is interrupted between the two now and then.
+        busy = [start_python("while True: pass") for _ in range(3)]
+        try:
+            with inside(region) as look:
+                first = page_of(region, array)
+                for page in range(1000):
+                    array[page, 5] = 1
+                    region.flush(array[page])
+                    if look.table.copies[first + page] != Copy.VALID:
+                        missed.append(page)
+        finally:
+            for process in busy:
+                process.kill()
+                process.communicate()
         assert missed == []
 
     def test_a_victim_buffer_full_of_others_does_not_stop_it(self, open_region: OpenRegion) -> None:
