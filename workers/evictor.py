@@ -94,13 +94,33 @@ class Evictor:
         lib.dmh_wait_bell(self.table.raw, self.table.raw.bell, 1)
         return None
 
-    def _evict(self, message: Message) -> Message:
+    def _arriving(self, message: Message) -> bool:
+        """Put a request off while pages of its range are on their way in.
+
+        A program runs on as soon as its page is there, a moment before the table says RESIDENT, and may ask then.
+        """
+        first, end = message["first"], message["first"] + message["count"]
+        coming = message.get("coming")
+        states = self.table.words[first:end] & np.uint64(15)
+        fetching = (np.flatnonzero(states == State.FETCHING) + first).tolist()
+        if coming is not None:
+            fetching = sorted(set(coming) & set(fetching))
+        if fetching:
+            self.requests.put(message | {"coming": fetching})
+            lib.dmh_wait_bell(self.table.raw, self.table.raw.bell, 1)
+        return bool(fetching)
+
+    def _evict(self, message: Message) -> Message | None:
+        if self._arriving(message):
+            return None
         first, end = message["first"], message["first"] + message["count"]
         for state in (State.RESIDENT, State.STAGED):
             self.lpet.evict(self.table.in_state(state, first, end))
         return {}
 
-    def _flush(self, message: Message) -> Message:
+    def _flush(self, message: Message) -> Message | None:
+        if self._arriving(message):
+            return None
         complete = self.leaver.flush(message["first"], message["first"] + message["count"])
         return {} if complete else {"error": "the store did not take every page; see the evictor's log"}
 

@@ -153,6 +153,9 @@ class Leaver:
             part, resident = resident[:room], resident[room:]
             captured, slots = self._capture(part)
             complete &= self._write_out(captured, slots, keep=True)
+            # What found no slot (the store does not take what is in them) was not written either.
+            missed = np.setdiff1d(part, captured, assume_unique=True)
+            complete &= not bool(((self._table.words[missed] & np.uint64(15)) == State.RESIDENT).any())
             if len(captured):
                 lib.dmh_take_back(self._context, ffi.from_buffer("uint64_t[]", captured), len(captured))
                 self._write_out(captured[(self._table.words[captured] & 15) == State.STAGED])

@@ -213,6 +213,8 @@ static int look_up(struct dmh_ctx *c, struct view *v, uint64_t address, uint64_t
                 continue; /* it was being evicted while we looked */
             return 1;     /* resident by the table, absent in the file: a resolver deals with the damage */
         }
+        case DMH_POISONED:
+            return 1; /* never a duplicate: each program that joins has to be given the mark, and the word stays as it is */
         default:
             if (c->seen[page] == word_generation(w) + 1) {
                 count(c, DMH_C_DUPLICATES, 1);

@@ -93,7 +93,7 @@ def start_service(config: Config) -> Connection:
     ready_read, ready_write = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dmh.service", "--ready-fd", str(ready_write), "--parent", str(os.getpid())],
+            [sys.executable, "-P", "-m", "dmh.service", "--ready-fd", str(ready_write), "--parent", str(os.getpid())],
             stdin=subprocess.PIPE,
             pass_fds=[ready_write],
             start_new_session=True,  # a terminal's Ctrl-C is for the program; the service ends with it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import os
 import threading
 import weakref
@@ -24,10 +25,22 @@ from dmh.native import ffi, lib
 from dmh.observe.report import Snapshot
 from dmh.region.connection import Connection, connect, find_socket, start_service
 from dmh.region.mapping import Mapping
+from dmh.service.channel import Message
 from dmh.service.clients import PROTOCOL
 
 Shape = int | Sequence[int]
 Array = npt.NDArray[Any]
+
+
+def _layout(shape: Shape, kind: np.dtype[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """A shape as a tuple, with the dimensions of a type that is itself an array appended, as NumPy does it."""
+    try:
+        dimensions: tuple[int, ...] = (operator.index(shape),)  # type: ignore[arg-type]
+    except TypeError:
+        dimensions = tuple(operator.index(n) for n in shape)  # type: ignore[union-attr]
+    if any(n < 0 for n in dimensions):
+        raise RegionError(f"shape {dimensions} has a negative dimension")
+    return dimensions + kind.shape, kind.base
 
 
 class _Block:
@@ -110,16 +123,14 @@ class Region:
                 f"an array of {kind} holds pointers to Python objects, and those cannot be paged out; use a type "
                 "of fixed size"
             )
-        dimensions = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
-        if any(n < 0 for n in dimensions):
-            raise RegionError(f"shape {dimensions} has a negative dimension")
+        dimensions, kind = _layout(shape, kind)
         size = math.prod(dimensions) * kind.itemsize
         if not size:
             return np.empty(dimensions, kind)
         count = -(-size // self.page_size)
         self._check_open()
         self._send_freed()
-        answer, _ = self._connection.request({"op": "allocate", "count": count})
+        answer = self._request({"op": "allocate", "count": count})
         first = int(answer["first"])
         block = _Block(self, first * self.page_size, size)
         weakref.finalize(block, _free, weakref.ref(self), first).atexit = False
@@ -143,8 +154,8 @@ class Region:
         kind = np.dtype(dtype)
         if kind.hasobject:
             raise RegionError(f"an array of {kind} holds pointers to Python objects, and those cannot be paged out")
-        dimensions = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
-        size = math.prod(dimensions) * kind.itemsize
+        dimensions, kind = _layout(shape, kind)
+        size, offset = math.prod(dimensions) * kind.itemsize, operator.index(offset)
         if offset < 0 or size < 0 or offset + size > self.size:
             raise RegionError(f"{size} bytes at offset {offset} are not all within the region of {self.size} bytes")
         self._check_open()
@@ -153,11 +164,12 @@ class Region:
         first = offset // self.page_size
         count = -(-(offset + size) // self.page_size) - first
         # `empty` must not hand these pages out afterwards.
-        self._connection.request({"op": "take", "first": first, "count": count})
+        self._request({"op": "take", "first": first, "count": count})
         return np.asarray(_Block(self, offset, size)).view(kind).reshape(dimensions)
 
     def offset_of(self, array: Array) -> int:
         """Where an array's first byte lies in the region, for `ndarray` in another process."""
+        self._check_open()
         low, _ = self._bounds(array)
         return low
 
@@ -191,6 +203,7 @@ class Region:
         Raises:
             RegionError: the array is not contiguous, so its pages hold others' elements too.
         """
+        self._check_open()
         low, high = self._bounds(array)
         if not array.flags.forc:
             raise RegionError("discard needs a contiguous array: the pages of this one hold elements of others too")
@@ -200,7 +213,7 @@ class Region:
             return
         self._zero(low, first * self.page_size)
         self._zero(end * self.page_size, high)
-        self._connection.request({"op": "discard", "first": first, "count": end - first})
+        self._request({"op": "discard", "first": first, "count": end - first})
 
     def _zero(self, low: int, high: int) -> None:
         if low < high:
@@ -221,18 +234,18 @@ class Region:
             ...     os.preadv(direct, [a], 0)
         """
         first, count = self._pages(array)
-        self._connection.request({"op": "pin", "first": first, "count": count})
+        self._request({"op": "pin", "first": first, "count": count})
         try:
             lib.dmh_touch(self._mapping.pointer(first * self.page_size), count * self.page_size, self.page_size)
             yield array
         finally:
             if not self._closed:
-                self._connection.request({"op": "unpin", "first": first, "count": count})
+                self._request({"op": "unpin", "first": first, "count": count})
 
     def stats(self) -> Snapshot:
         """The service's figures of this moment: see `dmh.observe.report.Snapshot`."""
         self._check_open()
-        answer, _ = self._connection.request({"op": "stats"})
+        answer = self._request({"op": "stats"})
         return Snapshot.from_wire(answer["stats"])
 
     # ---- the end
@@ -291,7 +304,12 @@ class Region:
         self._check_open()
         first, count = (0, self.size // self.page_size) if array is None else self._pages(array)
         if count:
-            self._connection.request({"op": operation, "first": first, "count": count})
+            self._request({"op": operation, "first": first, "count": count})
+
+    def _request(self, message: Message) -> Message:
+        answer, _ = self._connection.request(message)
+        self._send_freed()  # arrays that ended in another thread meanwhile found the connection in use
+        return answer
 
     def _send_freed(self) -> None:
         """Give back the pages of arrays that are gone.  Called with no lock held, and from the garbage collector at

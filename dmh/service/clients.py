@@ -33,6 +33,7 @@ class Client:
     greeted: bool = False
     view: int = 0
     uffd: int = -1
+    pidfd: int = -1
     owner: bool = False
     blocks: dict[int, int] = field(default_factory=dict)
     pins: list[tuple[int, int]] = field(default_factory=list)
@@ -246,7 +247,7 @@ class Clients:
         for first, count in client.pins:
             self._launcher.pool.tell(evictor, {"op": "unpin", "first": first, "count": count}, lambda reply: None)
         client.pins.clear()
-        for first, count in client.blocks.items():
+        for first, count in _merged(client.blocks):
             self._release(first, count)
         client.blocks.clear()
         if not client.view:
@@ -261,6 +262,17 @@ class Clients:
             then()
 
         self._launcher.pool.tell_all({"op": "view-remove", "view": view}, removed)
+
+
+def _merged(blocks: dict[int, int]) -> list[tuple[int, int]]:
+    """Runs of pages, neighbours joined: a program with many small arrays gives them back in few requests."""
+    runs: list[tuple[int, int]] = []
+    for first, count in sorted(blocks.items()):
+        if runs and sum(runs[-1]) == first:
+            runs[-1] = (runs[-1][0], runs[-1][1] + count)
+        else:
+            runs.append((first, count))
+    return runs
 
 
 def _outcome(reply: Message) -> Message:

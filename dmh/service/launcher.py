@@ -189,25 +189,20 @@ class Launcher:
 
     def _watch_process(self, client: Client) -> None:
         # A child that a program forked may hold its connection open after the program has died.
-        self._when_dead(client.pid, lambda: self._drop(client))
+        client.pidfd = self._when_dead(client.pid, lambda: self._drop(client))
 
     def end_with(self, pid: int) -> None:
         """Stop when the process `pid` has ended."""
         self._when_dead(pid, lambda: self.stop(lambda: None))
 
-    def _when_dead(self, pid: int, then: Callable[[], None]) -> None:
+    def _when_dead(self, pid: int, then: Callable[[], None]) -> int:
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             then()
-            return
-
-        def died() -> None:
-            self.unwatch(pidfd)
-            os.close(pidfd)
-            then()
-
-        self._watch(pidfd, died)
+            return -1
+        self._watch(pidfd, then)
+        return pidfd
 
     def _read_client(self, client: Client) -> None:
         if not self.clients.read(client):
@@ -216,6 +211,9 @@ class Launcher:
     def _drop(self, client: Client) -> None:
         if client in self.clients.all:
             self.unwatch(client.channel)
+            if client.pidfd >= 0:
+                self.unwatch(client.pidfd)
+                os.close(client.pidfd)
             self.clients.drop(client)
             self.on_detach()
 

@@ -70,7 +70,7 @@ class Pool:
         channel, theirs = pair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"workers.{role}", "--control-fd", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", f"workers.{role}", "--control-fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C is for the program, not for its pager

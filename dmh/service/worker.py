@@ -109,7 +109,11 @@ class Worker:
         bytes_ = self.table.pages * self.table.page_size
         base = lib.dmh_map_region(self.region_fd, bytes_, self.table.page_size, 1, 0)
         if base == ffi.NULL:
-            raise OSError(ffi.errno, f"mapping the region: {os.strerror(ffi.errno)}")
+            self.log.error(
+                "the region cannot be mapped (%s): make region.size smaller, or raise `ulimit -v`",
+                os.strerror(ffi.errno),
+            )
+            sys.exit(1)
         how, features = ffi.new("int *"), ffi.new("uint64_t *")
         uffd = check(lib.dmh_uffd_open(how, features), "opening a userfaultfd")
         check(lib.dmh_uffd_register(uffd, base, bytes_), "registering a view of the region")

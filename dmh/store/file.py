@@ -27,6 +27,18 @@ def path_of(url: str) -> Path:
     return Path(parts.path).absolute()
 
 
+MARK = b"dmh page index 1"
+"""The end of every index, by which what a killed service left behind is told from somebody else's file."""
+
+
+def _strangers(path: Path, pages_fd: int, index_fd: int) -> Path | None:
+    """Which of the two files must not be written over: neither where they are new, or what a service has left."""
+    size = os.fstat(index_fd).st_size
+    if size and os.pread(index_fd, len(MARK), max(size - len(MARK), 0)) != MARK:
+        return _index_of(path)
+    return path if not size and os.fstat(pages_fd).st_size else None
+
+
 def _index_of(path: Path) -> Path:
     return path.with_name(path.name + ".index")
 
@@ -42,7 +54,7 @@ class FileStore(PagedFile):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             cls._check_room(path, spec)
-            for name, size in ((path, spec.pages * spec.page_size), (_index_of(path), spec.pages * 8)):
+            for name in (path, _index_of(path)):
                 fd = os.open(name, flags, 0o600)
                 opened.append(fd)
                 try:
@@ -51,8 +63,16 @@ class FileStore(PagedFile):
                     raise StoreError(
                         f"{name} is in use by another service: give this one a store.url of its own", region=spec.region
                     ) from None
+            if strange := _strangers(path, *opened):
+                raise StoreError(
+                    f"{strange} exists and is not a page file of dmh: nothing of it was touched; give store.url a name "
+                    "of its own",
+                    region=spec.region,
+                )
+            for fd, size in zip(opened, (spec.pages * spec.page_size, spec.pages * 8), strict=True):
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, size)
+            os.pwrite(opened[1], MARK, spec.pages * 8)
         except (OSError, StoreError) as error:
             for fd in opened:
                 os.close(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -302,23 +303,31 @@ class TestFlush:
                 process.communicate()
         assert missed == []
 
-    def test_a_victim_buffer_full_of_others_does_not_stop_it(self, open_region: OpenRegion) -> None:
-        """Marked pages stay in the buffer until they are needed there: flush must make room, and not say it has written."""
+    def test_a_store_that_refuses_is_told_and_loses_nothing(self, open_region: OpenRegion, tmp_path: Path) -> None:
+        """Also where the victim buffer is full of what could not be written, so that nothing more can be captured."""
         region = open_region(
-            "prefetch.enabled=false", "evictor.policy=idle-walk", "memory.limit=160KiB", "evictor.buffer=20 pages", "memory.high=20 pages",
-            "memory.low=19 pages",
+            f"store.url=file://{tmp_path}/pages", "store.timeout=500ms", "prefetch.enabled=false", "memory.limit=64KiB", "evictor.buffer=4 pages",
         )  # fmt: skip
-        marked, array = region.empty((20, 4096), "u1"), region.empty((10, 4096), "u1")
-        marked[:] = 1
-        array[:, 0] = 2
+        stuck, array = region.empty((4, 4096), "u1"), region.empty((4, 4096), "u1")
+        stuck[:], array[:] = 1, 2
         with inside(region) as look:
-            look.validate()
-            array[:, 1] = 3
-            assert look.table.staged > 0
-            region.flush(array)
-            first = page_of(region, array)
-            copies = look.table.copies[first : first + 10].tolist()
-        assert copies == [Copy.VALID] * 10
+            (evictor,) = look.workers["evictor"]
+            before = resource.prlimit(
+                evictor, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY)
+            )  # its writes fail from now on
+            with pytest.raises(RegionError, match="did not take every page"):
+                region.flush(stuck)
+            region.evict(stuck)
+            wait_until(lambda: look.table.staged == 4, "the victim buffer is full")
+            with pytest.raises(RegionError, match="did not take every page"):
+                region.flush(array)
+            resource.prlimit(evictor, resource.RLIMIT_FSIZE, before)
+            region.flush()
+            first = page_of(region, stuck)
+            assert look.table.copies[first : first + 8].tolist() == [Copy.VALID] * 8
+        region.evict()
+        assert (stuck == 1).all()
+        assert (array == 2).all()
 
     def test_without_an_array_everything_is_written(self, open_region: OpenRegion, tmp_path: Path) -> None:
         region = open_region(f"store.url=file://{tmp_path}/pages")

@@ -12,7 +12,7 @@ from dmh.wire import VERSION, Kind, Request, pack, unpack
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
 requests = st.builds(
-    Request, page=u64, stride=st.integers(-(2**63), 2**63 - 1), window=u32, view=u32, thread=u32, received_ns=u64
+    Request, page=u64, stride=st.integers(-(2**63), 2**63 - 1), window=u32, view=u32, thread=u32, ns=u64
 )
 RECORD = len(pack(Kind.FAULT, [Request(0, 0, 0, 0, 0, 0)])) - 4
 
