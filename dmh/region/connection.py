@@ -101,10 +101,15 @@ def start_service(config: Config) -> Connection:
     finally:
         os.close(ready_write)
     assert process.stdin is not None
-    with process.stdin as settings, open(ready_read, "rb") as ready:
-        settings.write(config.to_wire().encode())
-        settings.close()
-        line = ready.readline().decode()
+    try:
+        with process.stdin as settings, open(ready_read, "rb") as ready:
+            settings.write(config.to_wire().encode())
+            settings.close()
+            line = ready.readline().decode()
+    except BaseException:  # Ctrl-C while it starts, as likely as not
+        process.terminate()
+        process.wait()
+        raise
     if not line.startswith("ready "):
         process.wait()
         kind, _, text = line.partition(" ")

@@ -51,10 +51,12 @@ class FileStore(PagedFile):
         path = path_of(spec.url)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         opened: list[int] = []
+        made: list[Path] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             cls._check_room(path, spec)
             for name in (path, _index_of(path)):
+                new = not name.exists()
                 fd = os.open(name, flags, 0o600)
                 opened.append(fd)
                 try:
@@ -63,6 +65,8 @@ class FileStore(PagedFile):
                     raise StoreError(
                         f"{name} is in use by another service: give this one a store.url of its own", region=spec.region
                     ) from None
+                if new:
+                    made.append(name)
             if strange := _strangers(path, *opened):
                 raise StoreError(
                     f"{strange} exists and is not a page file of dmh: nothing of it was touched; give store.url a name "
@@ -76,6 +80,8 @@ class FileStore(PagedFile):
         except (OSError, StoreError) as error:
             for fd in opened:
                 os.close(fd)
+            for name in made:
+                name.unlink(missing_ok=True)
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"{path} cannot be used as a page file: {error.strerror}", region=spec.region) from error
