@@ -149,6 +149,8 @@ class Leaver:
         resident = self._table.in_state(State.RESIDENT, first, end)
         resident = resident[self._table.pins[resident] == 0] if len(resident) else resident
         while len(resident):
+            if self._table.staged == self._table.slots:
+                self.write_staged()  # marked pages give way
             room = max(min(self._table.slots - self._table.staged, 256), 1)
             part, resident = resident[:room], resident[room:]
             captured, slots = self._capture(part)

@@ -163,7 +163,8 @@ int dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint3
         const uint8_t *content = c->slots_base + slots[i] * size;
         uint64_t page = pages[i], w = LOAD(&c->words[page]);
         outcome[i] = DMH_OUT_SKIPPED;
-        if (word_state(w) != DMH_STAGED || word_slot(w) != (int32_t)slots[i])
+        /* A flush wants the content that was captured, also where the page was taken back since. */
+        if (!keep && (word_state(w) != DMH_STAGED || word_slot(w) != (int32_t)slots[i]))
             continue;
         /* Taken back from here on, the slot's bytes stay: only this process gives slots out. */
         if (dmh_is_zero(content, size)) {

@@ -303,6 +303,55 @@ class TestFlush:
                 process.communicate()
         assert missed == []
 
+    def test_pages_that_another_program_keeps_reading_are_written_as_well(
+        self, open_region: OpenRegion, tmp_path: Path
+    ) -> None:
+        """The reader takes each page back the moment it is captured, and that must not make flush pass over it."""
+        region = open_region(f"store.url=file://{tmp_path}/pages", "prefetch.enabled=false")
+        array = region.zeros((4, 4096), "u1")
+        code = """
+            import sys
+            import dmh
+            region = dmh.attach(sys.argv[1])
+            array = region.ndarray((4, 4096), "u1", int(sys.argv[2]))
+            print("ready", flush=True)
+            while True:
+                array[:, 8].sum()
+            """
+        reader = start_python(code, region.name, region.offset_of(array))
+        try:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == "ready\n"
+            stale = 0
+            with open(tmp_path / "pages", "rb", buffering=0) as file:
+                for turn in range(200):
+                    array[:, 0] = turn % 250 + 1
+                    region.flush(array)
+                    for page in range(4):
+                        stored = os.pread(file.fileno(), 1, region.offset_of(array) + page * 4096)
+                        stale += stored != bytes([turn % 250 + 1])
+        finally:
+            reader.kill()
+            reader.communicate()
+        assert stale == 0, f"{stale} of 800 pages were not written"
+
+    def test_a_victim_buffer_full_of_marked_pages_gives_way(self, open_region: OpenRegion) -> None:
+        """Marked pages that fill the buffer are no reason to refuse: the store takes them."""
+        region = open_region(
+            "evictor.policy=idle-walk",
+            "memory.limit=48KiB",
+            "evictor.buffer=3 pages",
+            "region.size=1MiB",
+            "prefetch.window=1 pages",
+        )
+        array = region.empty((24, 4096), "u1")
+        rng = np.random.default_rng(5)
+        for turn in range(150):
+            pages = rng.integers(0, 24, 6)
+            array[pages, 0] = turn % 250 + 1
+            region.flush(array[int(pages[0])])
+            region.flush(array)
+
     def test_a_store_that_refuses_is_told_and_loses_nothing(self, open_region: OpenRegion, tmp_path: Path) -> None:
         """Also where the victim buffer is full of what could not be written, so that nothing more can be captured."""
         region = open_region(
