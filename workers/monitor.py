@@ -14,6 +14,8 @@ kernel say again what is still wanted.
 
 from __future__ import annotations
 
+from typing import Any
+
 from dmh.fault.dispatch import Dispatcher
 from dmh.native import check, ffi, lib
 from dmh.prefetch.streams import Streams
@@ -64,15 +66,21 @@ def main() -> None:
                 dispatcher.deliver(fault)
         while wanted:
             message = wanted.pop(0)
-            for first in range(message["first"], message["first"] + message["count"], step):
-                wish = ffi.new("struct dmh_request *")
-                wish.page, wish.stride, wish.view = first, 1, message["view"]
-                wish.window = min(step, message["first"] + message["count"] - first)
-                wish.resolver = lib.dmh_hand_over(context, wish)
-                if wish.resolver:
-                    dispatcher.deliver(wish)
+            _hand_over_windows(context, dispatcher, message, step)
     dispatcher.close()
     worker.after_launcher(lambda: ServiceDirectory(setup.name).remove())
+
+
+def _hand_over_windows(context: Any, dispatcher: Dispatcher, message: Message, step: int) -> None:
+    """A program's wish for a range of pages, in windows of `step`, spread over the resolvers."""
+    end = message["first"] + message["count"]
+    wish = ffi.new("struct dmh_request *")
+    wish.stride, wish.view = 1, message["view"]
+    for first in range(message["first"], end, step):
+        wish.page, wish.window = first, min(step, end - first)
+        wish.resolver = lib.dmh_hand_over(context, wish)
+        if wish.resolver:
+            dispatcher.deliver(wish)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
     take a request: a page, and a window after it   from the lane while awake; asleep, over ZeroMQ
     claim what is not local: FETCHING               native; at the memory limit, ring LPET and wait for room
     request what is stored from the DMS             one batched call, with retries
-    check it, install it, publish, wake             native; new pages are zero-filled, staged ones come from the
-    victim buffer
+    check it, install it, publish, wake             native; new pages are zeros, staged ones come from their slot
 
 If it dies, the launcher puts its claims back and wakes everybody.
 """

@@ -145,8 +145,8 @@ class Lpet:
 
     def _keep_unmoved(self, pages: list[int]) -> int:
         """Pages that stayed resident although they were chosen go back to the policy, but for pinned ones, which
-        come back when
-        they are unpinned.  Returns how many stayed."""
+        come back when they are unpinned.  Returns how many stayed.
+        """
         words = self._table.words[pages]
         resident = np.flatnonzero((words & 15) == State.RESIDENT)
         again = [pages[i] for i in resident.tolist() if not self._table.pins[pages[i]]]

@@ -15,8 +15,6 @@ struct ring {
     uint64_t pad0[7];
     uint64_t tail;              /* written by the evictor */
     uint64_t pad1[7];
-    uint32_t producer_lock;     /* a worker's threads take turns */
-    uint32_t pad2[15];
     struct dmh_event entry[RING_ENTRIES];
 };
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from dmh.config import Config, load
 from dmh.errors import RegionError
-from dmh.native import ffi, lib
+from dmh.native import lib
 from dmh.observe.report import Snapshot
 from dmh.region.connection import Connection, connect, find_socket, start_service
 from dmh.region.mapping import Mapping
@@ -378,6 +378,3 @@ def attach(name: str | None = None) -> Region:
         KernelError: this process may not use userfaultfd.
     """
     return Region(Connection(connect(find_socket(name))))
-
-
-__all__ = ["Region", "attach", "ffi", "open_region"]

@@ -131,7 +131,7 @@ class Launcher:
         self.pool.start()
         self.pool.wait_ready()
         for worker in self.pool.workers:
-            self._watch(worker.channel, functools.partial(self._read_worker, worker))
+            self.watch(worker.channel, functools.partial(self._read_worker, worker))
         self._listen()
 
     def _spin_us(self) -> int:
@@ -151,16 +151,13 @@ class Launcher:
         server.bind(str(self.socket_path))
         server.listen(64)
         server.setblocking(False)
-        self._watch(server, lambda: self._accept(server))
+        self.watch(server, lambda: self._accept(server))
 
     # ---- the loop
 
-    def _watch(self, source: Any, ready: Callable[[], None]) -> None:
-        self._selector.register(source, selectors.EVENT_READ, ready)
-
     def watch(self, source: Any, ready: Callable[[], None]) -> None:
         """Call `ready` whenever `source` (a descriptor, or something with fileno) can be read."""
-        self._watch(source, ready)
+        self._selector.register(source, selectors.EVENT_READ, ready)
 
     def unwatch(self, source: Any) -> None:
         """Undo `watch`."""
@@ -184,7 +181,7 @@ class Launcher:
             connection, _ = server.accept()
             client = self.clients.accept(Channel(connection))
             if client:
-                self._watch(client.channel, lambda: self._read_client(client))
+                self.watch(client.channel, lambda: self._read_client(client))
                 self._watch_process(client)
 
     def _watch_process(self, client: Client) -> None:
@@ -201,7 +198,7 @@ class Launcher:
         except ProcessLookupError:
             then()
             return -1
-        self._watch(pidfd, then)
+        self.watch(pidfd, then)
         return pidfd
 
     def _read_client(self, client: Client) -> None:

@@ -150,9 +150,8 @@ class Worker:
     def reply(self, message: Message, **answer: Any) -> None:
         """Answer a control message that asked for an answer."""
         if "id" in message:
-            with contextlib.suppress(
-                ServiceError
-            ):  # a launcher that is gone needs no answer; the control thread notices
+            # A launcher that is gone needs no answer; the control thread notices.
+            with contextlib.suppress(ServiceError):
                 self.channel.send({"op": "reply", "id": message["id"], **answer})
 
     def after_launcher(self, clear: Callable[[], None]) -> None:

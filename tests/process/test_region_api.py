@@ -19,6 +19,21 @@ from dmh.lspt.states import State
 OpenRegion = Callable[..., dmh.Region]
 
 
+def ending_of_a_child_that_touches(array: np.ndarray, first: Callable[[], None] = lambda: None) -> int:
+    """The signal that ends a forked child which reads the array after `first`; 0 or less where it ends otherwise."""
+    child = os.fork()
+    if not child:
+        try:
+            first()
+            signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+            _ = array[0]
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
+
+
 class TestArrays:
     def test_a_new_array_is_zeros_and_writable(self, open_region: OpenRegion) -> None:
         region = open_region()
@@ -173,30 +188,18 @@ class TestTheEnd:
         region = open_region()
         array = region.zeros(1000)
         region.close()
-        child = os.fork()
-        if not child:
-            signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-            _ = array[0]
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status)
-        assert os.WTERMSIG(status) == signal.SIGSEGV
+        assert ending_of_a_child_that_touches(array) == signal.SIGSEGV
 
     def test_a_forked_child_has_no_mapping_and_is_told_so(self, open_region: OpenRegion) -> None:
         region = open_region()
         array = region.zeros(1000)
         array[:] = 1
-        child = os.fork()
-        if not child:
-            try:
+
+        def refused() -> None:
+            with pytest.raises(RegionError):
                 region.empty(1)
-            except RegionError:
-                signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-                _ = array[0]
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status)
-        assert os.WTERMSIG(status) == signal.SIGSEGV
+
+        assert ending_of_a_child_that_touches(array, refused) == signal.SIGSEGV
         assert (array == 1).all()
 
     def test_there_is_no_service_of_that_name(self) -> None:
