@@ -277,7 +277,7 @@ def test_a_user_who_may_not_use_userfaultfd_is_told_what_to_do(tmp_path: Path) -
     ):
         pytest.skip("everybody may use userfaultfd here")
     code = (
-        "import os, logging; logging.basicConfig(); from dmh.service.launcher import probe_kernel; os.setgroups([]); os.setgid(65534);"
+        "import os, logging; logging.basicConfig(); from dmh.service.requirements import probe_kernel; os.setgroups([]); os.setgid(65534);"
         " os.setuid(65534); probe_kernel(4096)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
