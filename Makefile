@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard dmh/native/*.c dmh/native/*.h dmh/native/build.py) dmh/lspt/states.py dmh/observe/names.py
+NATIVE := $(wildcard dmh/native/*.c dmh/native/*.h dmh/native/build.py) dmh/lspt/states.py dmh/lspt/steps.py dmh/observe/names.py
 
 .PHONY: all demo test lint check soak bench clean
 

@@ -63,6 +63,11 @@ class Inside:
         self.table = Table(self._fds[0])
 
     @property
+    def table_fd(self) -> int:
+        """The shared page table's memory, for another process to map."""
+        return self._fds[0]
+
+    @property
     def processes(self) -> list[int]:
         """Every process of the service."""
         return [self.launcher, *(pid for pids in self.workers.values() for pid in pids)]

@@ -22,6 +22,7 @@ from dmh.evict.policies import POLICIES
 from dmh.lspt.states import State
 from dmh.native import lib
 from dmh.service.channel import Message
+from dmh.service.recovery import recover
 from dmh.service.worker import Worker
 from dmh.store.registry import spec_from_wire, store_class
 from dmh.store.retry import Stopped
@@ -38,6 +39,7 @@ class Evictor:
         setup = worker.setup
         self.worker, self.table = worker, worker.table
         self.store = worker.open_store()
+        recover(worker, self.store)
         pipe = worker.pipe_out, worker.pipe_in
         self.leaver = Leaver(self.table, worker.context, setup.number, worker.slots, pipe, self.store, worker.retry())
         self.lpet = Lpet(self.table, POLICIES[setup.policy](), self.leaver, setup.batch, setup.number)

@@ -21,7 +21,9 @@ from dmh.native import check, ffi, lib
 from dmh.prefetch.streams import Streams
 from dmh.service.channel import Message
 from dmh.service.paths import ServiceDirectory
+from dmh.service.recovery import recover
 from dmh.service.worker import Worker
+from dmh.store.base import Store
 from dmh.store.paged_file import PagedFile
 from dmh.store.registry import store_class
 
@@ -34,6 +36,7 @@ def main() -> None:
     worker = Worker("monitor")
     setup, context = worker.setup, worker.context
     check(lib.dmh_ctx_watch(context, setup.follow), "watching userfaultfds")
+    store: Store | None = None
     if setup.inline:
         # What cannot block is resolved where it is seen; that includes stored pages of a store that is local.
         local = issubclass(store_class(setup.store["url"]), PagedFile)
@@ -49,7 +52,13 @@ def main() -> None:
         lib.dmh_interrupt(context)
         return {}
 
+    def forget_dispatched(message: Message) -> Message:
+        lib.dmh_forget_dispatched(context)
+        return {}
+
     worker.handle("prefetch", prefetch)
+    worker.handle("forget-dispatched", forget_dispatched)
+    recover(worker, store)
     worker.start(on_stop=lambda: lib.dmh_interrupt(context))
     faults = ffi.new("struct dmh_request[]", BATCH)
     while not worker.stopping.is_set():

@@ -5,7 +5,7 @@
     request what is stored from the DMS             one batched call, with retries
     check it, install it, publish, wake             native; new pages are zeros, staged ones come from their slot
 
-If it dies, the launcher puts its claims back and wakes everybody.
+If it dies, its successor puts its claims back before anything else, and everybody is woken.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dmh.errors import ProtocolError
 from dmh.fault.dispatch import Inbox
 from dmh.fault.resolve import Resolver
 from dmh.native import ffi, lib
+from dmh.service.recovery import recover
 from dmh.service.worker import Worker
 from dmh.store.paged_file import PagedFile
 
@@ -28,6 +29,7 @@ def main() -> None:
     setup, table = worker.setup, worker.table
     store = worker.open_store()
     resolver = Resolver(table, worker.context, setup.number, setup.window, store, worker.retry(), setup.name)
+    recover(worker, store)
     inbox = Inbox(setup.directory, setup.number)
     # What comes by the lane and cannot block is resolved before it reaches Python.
     lib.dmh_ctx_inline(worker.context, *(store.local() if isinstance(store, PagedFile) else (-1, ffi.NULL)))

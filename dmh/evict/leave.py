@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dmh.errors import StoreError
 from dmh.lspt.states import Copy, State
+from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
 from dmh.store.base import Store
@@ -75,7 +76,7 @@ class Leaver:
         """RESIDENT -> STAGED; returns the pages captured and their slots, ascending."""
         pages = np.sort(pages)
         slots = np.empty(len(pages), np.uint32)
-        n = lib.dmh_take_slots(self._table.raw, ffi.from_buffer("uint32_t[]", slots), len(pages), self._rotor)
+        n = lib.dmh_take_slots(self._context, ffi.from_buffer("uint32_t[]", slots), len(pages), self._rotor)
         pages, slots = pages[:n], slots[:n]
         if not n:
             return pages, slots
@@ -86,8 +87,9 @@ class Leaver:
             ffi.from_buffer("uint32_t[]", slots), ffi.from_buffer("uint8_t[]", outcome),
         )  # fmt: skip
         captured = outcome == lib.DMH_OUT_DIRTY
-        for slot in slots[~captured].tolist():
-            lib.dmh_free_slot(self._table.raw, slot)
+        lib.dmh_return_slots(
+            self._context, ffi.from_buffer("uint32_t[]", slots), ffi.from_buffer("uint8_t[]", outcome), n
+        )
         for page in pages[outcome == lib.DMH_OUT_LOST].tolist():
             log.error("page %d is lost: its memory was removed by something outside dmh; access raises SIGBUS", page)
         return pages[captured], slots[captured]
@@ -119,6 +121,7 @@ class Leaver:
             log.error("%d pages could not be written and stay local: %s", len(pages), error)
             return False
         self._table.count(self._number, "write_calls")
+        lib.dmh_step(self._context, NUMBERS["put"])
         lib.dmh_acknowledge(
             self._context, ffi.from_buffer("uint64_t[]", pages), len(pages), ffi.from_buffer("uint32_t[]", slots),
             ffi.from_buffer("uint64_t[]", sums), keep,

@@ -66,7 +66,7 @@ class Lpet:
         """
         raw = self._table.raw
         local, low = self._table.local, int(raw.low)
-        if raw.room_waiters and self._table.resident >= int(raw.resident_max):
+        if lib.dmh_room_wanted(raw) and self._table.resident >= int(raw.resident_max):
             return max(local - low, 1)
         if raw.rung_at:
             return max(min(int(raw.rung_at), local) - low, 0)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dmh.errors import StoreError
+from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
 from dmh.store.base import Store
@@ -57,7 +58,7 @@ class Resolver:
             if plan.room_wanted:
                 # The hard limit: LPET has been rung.  Nothing is claimed, so nothing is held up meanwhile.
                 self._table.count(self._number, "room_waits")
-                lib.dmh_wait_room(self._table.raw, ROOM_WAIT_MS)
+                lib.dmh_wait_room(self._context, ROOM_WAIT_MS)
                 if self._retry.stopping.is_set():
                     return
                 continue
@@ -84,6 +85,7 @@ class Resolver:
             found = np.zeros(n, np.bool_)
         self._found[:n] = found
         self._table.count(self._number, "fetch_calls")
+        lib.dmh_step(self._context, NUMBERS["fetched"])
         return True
 
     def _report_lost(self) -> None:

@@ -6,7 +6,8 @@ native module generates the C constants and the table that its compare-and-swap 
 A word is 64 bits:
 
     bits  0..3   state
-    bits  4..11  worker: number of the process that holds the page (FETCHING, EVICTING), else 0
+    bits  4..10  worker: number of the process that holds the page (FETCHING, EVICTING), else 0
+    bit  11      the content has to come from the DMS (FETCHING), so that a claim given up leads back to STORED
     bits 12..31  slot + 1 in the victim buffer (STAGED, and FETCHING while the slot is the only copy), else 0
     bits 32..63  generation: one more at every transition, so that a word is never seen twice (no ABA)
 """
@@ -63,8 +64,8 @@ class Copy(enum.IntEnum):
     """A write is under way or failed half-way: the DMS may have either version."""
 
 
-STATE_BITS, WORKER_BITS, SLOT_BITS = 4, 8, 20
-WORKER_SHIFT, SLOT_SHIFT, GENERATION_SHIFT = 4, 12, 32
+STATE_BITS, WORKER_BITS, SLOT_BITS = 4, 7, 20
+WORKER_SHIFT, FROM_STORE_SHIFT, SLOT_SHIFT, GENERATION_SHIFT = 4, 11, 12, 32
 
 
 class Word(NamedTuple):

@@ -7,6 +7,9 @@
 
 /* ---- the shared table (LSPT): one memfd, mapped by every dmh process ---- */
 
+struct dmh_ctx;
+struct dmh_plan;
+
 #define DMH_MAX_WORKERS 72
 #define DMH_MAX_COUNTERS 64
 #define DMH_BUCKETS 64
@@ -18,7 +21,7 @@ struct dmh_shared {
     uint64_t page_size, page_shift, pages, slots, workers, ring_entries;
     uint64_t resident_max;      /* pages; memory.limit less the victim buffer: the hard bound */
     uint64_t high, low;         /* pages; LPET's thresholds, over local pages */
-    uint64_t words_at, sums_at, copies_at, pins_at, slots_at, rings_at, journal_at, lanes_at, bytes; /* offsets from here */
+    uint64_t words_at, sums_at, copies_at, pins_at, slots_at, rings_at, journal_at, lanes_at, posts_at, bytes; /* offsets from here */
     uint64_t resident;          /* pages that occupy, or are promised, memory of the region; <= resident_max */
     uint64_t staged;            /* slots in use; <= slots */
     uint64_t rung_at;           /* local pages that the fault which rang had found; 0: nobody has since LPET last ran */
@@ -26,13 +29,22 @@ struct dmh_shared {
     uint64_t pinned;            /* pages with a pin */
     uint32_t bell;              /* futex: rung to wake LPET */
     uint32_t room;              /* futex: changes when LPET has made room */
-    uint32_t room_waiters;
+    uint32_t frozen;            /* futex: 1 + the worker that repairs the table, which nobody else changes meanwhile; 0: nobody does */
+    uint32_t park;              /* tests: 1 + the step at which a worker is to stop, for good; see lspt/steps.py */
+    uint32_t parked;            /* futex: 1 + the worker that has stopped there */
     uint32_t stop;              /* set once: nobody waits any more */
     uint32_t events_lost;       /* a ring was full: LPET must look at the table */
     uint32_t poison_works;      /* UFFDIO_POISON is there */
-    uint32_t pids[72];          /* per worker: its process */
+    uint32_t pids[72];          /* per worker: its process; 0: there is none now */
     uint64_t dispatched[72];    /* per resolver: messages sent to it */
     uint64_t completed[72];     /* per resolver: messages it is done with */
+};
+
+/* What one worker is in the middle of; a cache line each. */
+struct dmh_post {
+    uint32_t busy;              /* between two steps that must be seen together: a page's word, its slot, the count of room */
+    uint32_t waits;             /* for room */
+    uint32_t unused[14];
 };
 
 struct dmh_counters {
@@ -58,7 +70,7 @@ struct dmh_lane {
 /* What the evictor is in the middle of, so that whoever comes after it can finish it. */
 struct dmh_journal {
     uint64_t first, count;      /* the run of pages between splice and STAGED; count 0: none */
-    uint64_t bytes;             /* of the run: spliced into the pipe */
+    uint64_t read;              /* bytes of the run that are in their slots for sure */
     uint32_t slot[1024];
 };
 
@@ -76,16 +88,24 @@ void     dmh_count(struct dmh_shared *s, uint32_t worker, uint32_t counter, uint
 int      dmh_move(struct dmh_shared *s, uint64_t page, uint64_t expected, uint32_t state, uint32_t worker, int32_t slot);
 int64_t  dmh_count_states(struct dmh_shared *s, uint64_t *out_by_state);
 uint64_t dmh_pages_in_state(struct dmh_shared *s, uint32_t state, uint64_t first, uint64_t end, uint64_t *out, uint64_t max);
-void     dmh_reset_claims(struct dmh_shared *s, uint32_t worker);
+
+/* ---- what becomes of a dead worker's pages ---- */
+
+void     dmh_worker_gone(struct dmh_shared *s, uint32_t worker);
+int64_t  dmh_recover(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t *partial, uint64_t max);
+int      dmh_install_rest(struct dmh_ctx *c, uint64_t page, const uint8_t *content);
+void     dmh_wake_all(struct dmh_ctx *c);
+void     dmh_step(struct dmh_ctx *c, uint32_t step);
 
 uint64_t dmh_reserve(struct dmh_shared *s, uint64_t wanted);
 void     dmh_release(struct dmh_shared *s, uint64_t n);
-int      dmh_wait_room(struct dmh_shared *s, int timeout_ms);
+int      dmh_wait_room(struct dmh_ctx *c, int timeout_ms);
+int      dmh_room_wanted(struct dmh_shared *s);
 void     dmh_ring_bell(struct dmh_shared *s);
 int      dmh_wait_bell(struct dmh_shared *s, uint32_t seen, int timeout_ms);
 void     dmh_stop(struct dmh_shared *s);
-int64_t  dmh_take_slots(struct dmh_shared *s, uint32_t *out, uint64_t n, uint64_t from);
-void     dmh_free_slot(struct dmh_shared *s, uint32_t slot);
+int64_t  dmh_take_slots(struct dmh_ctx *c, uint32_t *out, uint64_t n, uint64_t from);
+void     dmh_return_slots(struct dmh_ctx *c, const uint32_t *slots, const uint8_t *outcome, uint64_t n);
 
 struct dmh_event { uint64_t order; uint64_t page; uint32_t kind; uint32_t thread; };
 #define DMH_EV_FAULT 0          /* a page came in because it was touched */
@@ -108,7 +128,6 @@ int      dmh_region_create(const char *name, uint64_t bytes);
 int      dmh_touch(void *base, uint64_t bytes, uint64_t step);
 
 /* A process's table of the mappings that can fault: applications' and its own. */
-struct dmh_ctx;
 struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_base, uint32_t worker);
 int      dmh_ctx_watch(struct dmh_ctx *c, int follow);
 int      dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, int pid, int own);
@@ -123,6 +142,7 @@ int      dmh_hand_over(struct dmh_ctx *c, const struct dmh_request *r);
 int      dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_ms);
 
 int      dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us);
+void     dmh_forget_dispatched(struct dmh_ctx *c);
 void     dmh_ctx_inline(struct dmh_ctx *c, int store_fd, const uint64_t *store_index);
 int      dmh_resolve_here(struct dmh_ctx *c, struct dmh_request *r);
 int      dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r);
@@ -137,7 +157,6 @@ struct dmh_plan {
     uint64_t ns;                /* when the fault was received */
     uint32_t stored_n;          /* of them, pages to fetch */
     uint32_t room_wanted;       /* the demand page found no room */
-    uint32_t resume;            /* pages may be partly installed: finish them */
     uint64_t page[1024];
     uint64_t word[1024];        /* the claim: the word as this worker left it */
     uint8_t  kind[1024];        /* DMH_NEW, DMH_STORED, DMH_STAGED: what it was */

@@ -42,7 +42,7 @@ static uint64_t splice_in(int region_fd, uint64_t offset, uint64_t bytes, int pi
 }
 
 /* Read the next `bytes` of a run out of the pipe to where they belong in the run's slots; `at` is how far into the run they begin. */
-static void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t bytes, const uint32_t *slots)
+void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t bytes, const uint32_t *slots)
 {
     const uint64_t size = c->s->page_size;
     while (bytes) {
@@ -68,25 +68,43 @@ static void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t byte
     }
 }
 
+/* What a dead worker left in the pipe and nobody needs. */
+void drain(int pipe_out)
+{
+    char bytes[DMH_KERNEL_PAGE];
+    while (read(pipe_out, bytes, sizeof bytes) > 0)
+        ;
+}
+
 /*
  * The only copy moves from the region to the victim buffer.  The pipe holds a reference, not a copy, until the punch has
  * unmapped the page everywhere; after the punch nothing can write to it, and what the pipe then gives is its last content.
+ * The first `moved` bytes of the run are in their slots already; the journal says how far the rest has come.
  */
-static void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uint64_t bytes, const uint32_t *slots)
+void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uint64_t moved, uint64_t bytes, const uint32_t *slots,
+              struct dmh_journal *journal)
 {
-    uint64_t moved = 0;
     while (moved < bytes) {
         uint64_t k = splice_in(c->region_fd, offset + moved, bytes - moved, pipe_in);
         if (!k || k % DMH_KERNEL_PAGE)
             dmh_die("splice moved %llu bytes of the region at offset %llu: %s", (unsigned long long)k,
                     (unsigned long long)(offset + moved), strerror(errno));
+        AT(c, DMH_AT_SPLICED);
         if (punch(c, offset + moved, k) < 0)
             dmh_die("punching a hole at offset %llu failed: %s", (unsigned long long)(offset + moved), strerror(errno));
+        AT(c, DMH_AT_PUNCHED);
         if (pages_present(c, offset + moved, k))
             dmh_die("offset %llu still has data after the punch (huge pages in shared memory?); stopping before a byte is "
                     "lost", (unsigned long long)(offset + moved));
+        if (__builtin_expect(c->s->park == DMH_AT_READ_PARTLY + 1, 0) && k > DMH_KERNEL_PAGE) {
+            /* As if the kernel had given one page and been interrupted. */
+            read_out(c, pipe_out, moved, DMH_KERNEL_PAGE, slots);
+            AT(c, DMH_AT_READ_PARTLY);
+            moved += DMH_KERNEL_PAGE, k -= DMH_KERNEL_PAGE;
+        }
         read_out(c, pipe_out, moved, k, slots);
         moved += k;
+        STORE(&journal->read, moved);
     }
 }
 
@@ -105,18 +123,24 @@ int dmh_capture(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_byte
     int captured = 0;
     memset(outcome, DMH_OUT_SKIPPED, n);
     for (uint64_t i = 0, k; i < n; i += k ? k : 1) {
+        enter(c);
         for (k = 0; i + k < n && k < most && k < DMH_MAX_RUN && (!k || pages[i + k] == pages[i] + k); k++) {
             uint64_t page = pages[i + k];
             word[k] = LOAD(&c->words[page]);
             if (c->pins[page] || word_state(word[k]) != DMH_RESIDENT ||
                 !move_word(c, page, &word[k], DMH_EVICTING, c->worker, (int32_t)slots[i + k]))
                 break;
+            STORE(&slot_flags(c->s)[slots[i + k]], SLOT_NAMED);
         }
-        if (!k)
+        if (!k) {
+            leave(c);
             continue;
+        }
+        AT(c, DMH_AT_EVICTING);
         if (!page_is_present(c, pages[i] * size, k * size)) {
             /* Something outside dmh punched it (madvise(MADV_REMOVE)): splicing a hole would store zeros as data. */
             for (uint64_t j = 0; j < k; j++) {
+                STORE(&slot_flags(c->s)[slots[i + j]], SLOT_ASIDE);
                 if (page_is_present(c, pages[i + j] * size, size)) {
                     uint64_t back = word[j];
                     move_word(c, pages[i + j], &back, DMH_RESIDENT, 0, -1);
@@ -129,19 +153,26 @@ int dmh_capture(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_byte
                 count(c, DMH_C_POISONED, 1);
                 outcome[i + j] = DMH_OUT_LOST;
             }
+            leave(c);
             continue;
         }
         memcpy(journal->slot, slots + i, k * sizeof *slots);
         journal->first = pages[i];
+        journal->read = 0;
         STORE(&journal->count, k);
-        move_out(c, pipe_out, pipe_in, pages[i] * size, k * size, slots + i);
+        AT(c, DMH_AT_JOURNALED);
+        move_out(c, pipe_out, pipe_in, pages[i] * size, 0, k * size, slots + i, journal);
+        AT(c, DMH_AT_READ);
         for (uint64_t j = 0; j < k; j++) {
             if (!move_word(c, pages[i + j], &word[j], DMH_STAGED, 0, (int32_t)slots[i + j]))
                 dmh_die("page %llu: an eviction was changed by somebody else", (unsigned long long)pages[i + j]);
             outcome[i + j] = DMH_OUT_DIRTY;
+            AT(c, DMH_AT_STAGED);
         }
         STORE(&journal->count, 0ull);
         dmh_release(c->s, k);
+        leave(c);
+        AT(c, DMH_AT_RELEASED);
         dmh_wake_pages(c, pages[i], k);
         captured += (int)k;
     }
@@ -174,30 +205,35 @@ int dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint3
             }
             uint8_t copy = c->copies[page];
             STORE(&c->copies[page], copy == DMH_COPY_NONE ? DMH_COPY_NONE : DMH_COPY_STALE);
+            enter(c);
             if (move_word(c, page, &w, DMH_NEW, 0, -1)) {
-                dmh_free_slot(c->s, slots[i]);
+                dmh_free_slot(c, slots[i]);
                 outcome[i] = DMH_OUT_ZERO;
                 count(c, DMH_C_ZEROED, 1);
             } else {
                 STORE(&c->copies[page], copy);
             }
+            leave(c);
             continue;
         }
         sums[i] = dmh_hash(content, size);
         if (c->copies[page] == DMH_COPY_VALID && c->sums[page] == sums[i]) {
+            enter(c);
             if (keep) {
                 outcome[i] = DMH_OUT_CLEAN;
             } else if (move_word(c, page, &w, DMH_STORED, 0, -1)) {
-                dmh_free_slot(c->s, slots[i]);
+                dmh_free_slot(c, slots[i]);
                 outcome[i] = DMH_OUT_CLEAN;
                 count(c, DMH_C_CLEAN, 1);
             }
+            leave(c);
             continue;
         }
         STORE(&c->copies[page], DMH_COPY_UNKNOWN);
         outcome[i] = DMH_OUT_DIRTY;
         dirty++;
     }
+    AT(c, DMH_AT_SETTLED);
     return dirty;
 }
 
@@ -210,14 +246,18 @@ int dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const 
         /* True of the DMS whether or not the page was taken back; and before STORED, so that a fetch finds its hash. */
         STORE(&c->sums[page], sums[i]);
         STORE(&c->copies[page], DMH_COPY_VALID);
+        AT(c, DMH_AT_SUMMED);
         if (keep)
             continue;
+        enter(c);
         if (word_state(w) == DMH_STAGED && word_slot(w) == (int32_t)slots[i] && move_word(c, page, &w, DMH_STORED, 0, -1)) {
-            dmh_free_slot(c->s, slots[i]);
+            AT(c, DMH_AT_ACKNOWLEDGED);
+            dmh_free_slot(c, slots[i]);
             stored++;
         } else {
             count(c, DMH_C_TAKEN_BACK, 1);
         }
+        leave(c);
     }
     count(c, DMH_C_WRITTEN, n);
     count(c, DMH_C_WRITTEN_BYTES, n * c->s->page_size);
@@ -232,12 +272,15 @@ int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n)
     for (uint64_t i = 0; i < n; i++) {
         uint64_t w = LOAD(&c->words[pages[i]]);
         int32_t slot = word_slot(w);
-        if (word_state(w) != DMH_STAGED || !dmh_reserve(c->s, 1))
-            continue;
-        if (!move_word(c, pages[i], &w, DMH_FETCHING, c->worker, slot)) {
+        enter(c);
+        int claimed = word_state(w) == DMH_STAGED && dmh_reserve(c->s, 1);
+        if (claimed && !move_word(c, pages[i], &w, DMH_FETCHING, c->worker, slot)) {
             dmh_release(c->s, 1);
-            continue;
+            claimed = 0;
         }
+        leave(c);
+        if (!claimed)
+            continue;
         pthread_rwlock_rdlock(&c->lock);
         struct view *v = own_view(c);
         for (uint32_t k = 0; k < c->nviews; k++)
@@ -246,16 +289,17 @@ int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n)
         enum verdict r = fill(c, v, pages[i] * size, size, c->slots_base + (uint64_t)slot * size, 0);
         if (r == V_GONE)
             r = fill(c, own_view(c), pages[i] * size, size, c->slots_base + (uint64_t)slot * size, 0);
+        enter(c);
         if (r == V_DONE) {
             move_word(c, pages[i], &w, DMH_RESIDENT, 0, -1);
-            dmh_free_slot(c->s, (uint32_t)slot);
-            wake_others(c, NULL, pages[i], 1);
+            dmh_free_slot(c, (uint32_t)slot);
             back++;
         } else {
             move_word(c, pages[i], &w, DMH_STAGED, 0, slot);
             dmh_release(c->s, 1);
-            wake_others(c, NULL, pages[i], 1);
         }
+        leave(c);
+        wake_others(c, NULL, pages[i], 1);
         pthread_rwlock_unlock(&c->lock);
     }
     return back;
@@ -303,29 +347,36 @@ int dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *busy)
             break;
         case DMH_STORED:
         case DMH_STAGED:
+            enter(c);
             if (move_word(c, page, &w, DMH_NEW, 0, -1)) {
                 if (slot >= 0)
-                    dmh_free_slot(c->s, (uint32_t)slot);
+                    dmh_free_slot(c, (uint32_t)slot);
                 no_longer_wanted(c, page);
                 page++, gone++;
             }
+            leave(c);
             break;
         case DMH_RESIDENT: {
             uint64_t word[DMH_MAX_RUN], k = 0;
+            enter(c);
             for (; k < DMH_MAX_RUN && page + k < first + n; k++) {
                 word[k] = LOAD(&c->words[page + k]);
                 if (word_state(word[k]) != DMH_RESIDENT || !move_word(c, page + k, &word[k], DMH_EVICTING, c->worker, -1))
                     break;
             }
-            if (!k)
+            if (!k) {
+                leave(c);
                 break; /* it changed while we looked: look again */
+            }
             if (punch(c, page * size, k * size) < 0)
                 dmh_die("punching a hole at page %llu failed: %s", (unsigned long long)page, strerror(errno));
+            AT(c, DMH_AT_DISCARDING);
             for (uint64_t j = 0; j < k; j++) {
                 move_word(c, page + j, &word[j], DMH_NEW, 0, -1);
                 no_longer_wanted(c, page + j);
             }
             dmh_release(c->s, k);
+            leave(c);
             dmh_wake_pages(c, page, k);
             page += k, gone += k;
             break;

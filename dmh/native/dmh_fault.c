@@ -49,14 +49,21 @@ static int claim_one(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int d
 int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word)
 {
     uint32_t state = word_state(word);
-    if (!dmh_reserve(c->s, 1))
+    enter(c);
+    if (!dmh_reserve(c->s, 1)) {
+        leave(c);
         return 0;
+    }
+    AT(c, DMH_AT_RESERVED);
     ring_at_high(c, page, 1);
     if (!move_word(c, page, &word, DMH_FETCHING, c->worker, word_slot(word))) {
         dmh_release(c->s, 1);
+        leave(c);
         return 0;
     }
-    p->n = p->stored_n = p->lost_n = p->room_wanted = p->resume = 0;
+    leave(c);
+    AT(c, DMH_AT_CLAIMED);
+    p->n = p->stored_n = p->lost_n = p->room_wanted = 0;
     p->demand = 1;
     add(p, page, word, (uint8_t)state);
     return 1;
@@ -83,11 +90,7 @@ static void answer_unclaimed(struct dmh_ctx *c, struct dmh_plan *p, uint64_t pag
     }
 }
 
-/*
- * Claim the demand page and up to `window` pages after it, `stride` apart (demand 0: only the window, `page` being its first).
- * Returns the number of pages claimed.  room_wanted is set when the demand page found the memory limit reached: wait, ask again.
- */
-int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window)
+static int claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window)
 {
     struct dmh_shared *s = c->s;
     p->n = p->stored_n = p->demand = p->lost_n = p->room_wanted = 0;
@@ -97,6 +100,7 @@ int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, 
         window = DMH_MAX_RUN - 1;
     uint32_t wanted = window + (demand ? 1 : 0);
     uint64_t granted = dmh_reserve(s, wanted);
+    AT(c, DMH_AT_RESERVED);
     ring_at_high(c, page, granted);
     if (!granted) {
         p->room_wanted = (uint32_t)demand;
@@ -121,6 +125,20 @@ int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, 
     return (int)p->n;
 }
 
+/*
+ * Claim the demand page and up to `window` pages after it, `stride` apart (demand 0: only the window, `page` being its first).
+ * Returns the number of pages claimed.  room_wanted is set when the demand page found the memory limit reached: wait, ask again.
+ */
+int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window)
+{
+    enter(c);
+    int n = claim(c, p, page, demand, stride, window);
+    leave(c);
+    if (n > 0)
+        AT(c, DMH_AT_CLAIMED);
+    return n;
+}
+
 static int claimed_slot(const struct dmh_plan *p, uint32_t i) { return word_slot(p->word[i]); }
 
 /* How many claimed pages from i can go in one call: neighbours, of one kind, with neighbouring sources. */
@@ -137,9 +155,11 @@ static uint32_t run_from(const struct dmh_plan *p, uint32_t i, uint32_t chunk)
 static void give_back_one(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i)
 {
     uint64_t w = p->word[i];
+    enter(c);
     if (!move_word(c, p->page[i], &w, p->kind[i], 0, claimed_slot(p, i)))
         dmh_die("page %llu: a claim was changed by somebody else", (unsigned long long)p->page[i]);
     dmh_release(c->s, 1);
+    leave(c);
     dmh_wake_pages(c, p->page[i], 1);
 }
 
@@ -156,8 +176,10 @@ static void lose(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint8_t why)
         p->lost[p->lost_n] = p->page[i];
         p->lost_why[p->lost_n++] = why;
     }
+    enter(c);
     int r = dmh_poison(c, p->page[i], p->word[i]);
     dmh_release(c->s, 1);
+    leave(c);
     count(c, DMH_C_POISONED, 1);
     if (r < 0) {
         /* No UFFDIO_POISON here: better the whole process than one wrong byte. */
@@ -172,14 +194,18 @@ static void lose(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint8_t why)
 /* RESIDENT, for a run whose content is in place; whoever waited on another view is woken after that. */
 static void publish(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint32_t k, struct view *through)
 {
+    AT(c, DMH_AT_COPIED);
+    enter(c);
     for (uint32_t j = i; j < i + k; j++) {
         uint64_t w = p->word[j];
         int32_t slot = word_slot(w);
         if (!move_word(c, p->page[j], &w, DMH_RESIDENT, 0, -1))
             dmh_die("page %llu: a claim was changed by somebody else", (unsigned long long)p->page[j]);
+        AT(c, DMH_AT_PUBLISHED);
         if (slot >= 0)
-            dmh_free_slot(c->s, (uint32_t)slot);
+            dmh_free_slot(c, (uint32_t)slot);
     }
+    leave(c);
     wake_others(c, through, p->page[i], k);
     int demand = p->demand && i == 0;
     note_arrivals(c, p->page + i, k, demand ? (p->kind[i] == DMH_STAGED ? DMH_EV_SOFT : DMH_EV_FAULT) : DMH_EV_PREFETCH,
@@ -231,11 +257,15 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
         struct view *v = find_view(c, p->view), *own = own_view(c);
         if (!v)
             v = own;
-        enum verdict r = fill(c, v, offset, k * size, from, p->resume);
+        if (__builtin_expect(c->s->park == DMH_AT_COPIED_PARTLY + 1, 0) && size > DMH_KERNEL_PAGE) {
+            fill(c, v, offset, DMH_KERNEL_PAGE, from, 1);
+            AT(c, DMH_AT_COPIED_PARTLY);
+        }
+        enum verdict r = fill(c, v, offset, k * size, from, 0);
         if (r == V_GONE && v != own) {
             /* The process that faulted is gone, but others may wait for the same page. */
             v = own;
-            r = fill(c, v, offset, k * size, from, p->resume);
+            r = fill(c, v, offset, k * size, from, 0);
         }
         if (r == V_DONE)
             publish(c, p, i, k, v);

@@ -23,6 +23,25 @@ static int outstanding(struct dmh_shared *s)
     return 0;
 }
 
+/*
+ * From any thread: a resolver has died, and what was handed to it with it.  The monitor forgets which faults it has handed on and wakes
+ * everybody, so that the faults that still matter are raised again, and none counts as a duplicate.
+ */
+void dmh_forget_dispatched(struct dmh_ctx *c)
+{
+    STORE(&c->forget, 1u);
+    dmh_interrupt(c);
+}
+
+static void forget_if_told(struct dmh_ctx *c)
+{
+    if (!LOAD(&c->forget))
+        return;
+    STORE(&c->forget, 0u);
+    memset(c->seen, 0, c->s->pages * sizeof *c->seen);
+    dmh_wake_all(c);
+}
+
 static uint64_t preemptions(void)
 {
     struct rusage u;
@@ -279,6 +298,7 @@ int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout
         int events = wait_for_messages(c, ready, timeout_ms, spin_us), interrupted = 0, left = 0;
         if (events <= 0)
             return events < 0 && errno != EINTR ? -errno : 0;
+        forget_if_told(c);
         uint64_t at = now_ns(), gap = at - c->last_ns;
         c->gap_ns = (7 * c->gap_ns + (gap < GAP_MOST_NS ? gap : GAP_MOST_NS)) / 8;
         int n = read_messages(c, ready, events, out, max, at, &interrupted);

@@ -29,7 +29,7 @@ void dmh_die(const char *format, ...)
     abort();
 }
 
-static long futex(uint32_t *word, int op, uint32_t value, const struct timespec *timeout)
+long futex(uint32_t *word, int op, uint32_t value, const struct timespec *timeout)
 {
     return syscall(SYS_futex, word, op, value, timeout, NULL, 0);
 }
@@ -53,6 +53,7 @@ int dmh_shared_create(uint64_t pages, uint64_t page_size, uint64_t slots, uint64
     uint64_t at = align_up(sizeof h, 4096);
     at += align_up(workers * sizeof(struct dmh_counters), 4096); /* counters follow the header */
     h.journal_at = at, at = align_up(at + sizeof(struct dmh_journal), 4096);
+    h.posts_at = at, at = align_up(at + workers * sizeof(struct dmh_post), 4096);
     h.lanes_at = at, at = align_up(at + workers * sizeof(struct dmh_lane), 4096);
     h.words_at = at, at = align_up(at + pages * 8, 4096);
     h.sums_at = at, at = align_up(at + pages * 8, 4096);
@@ -123,26 +124,6 @@ uint64_t dmh_pages_in_state(struct dmh_shared *s, uint32_t state, uint64_t first
     return n;
 }
 
-/* A worker that died held these pages in FETCHING: put each back to where its content is.  Its partial installation, if
- * any, must already have been taken out of the region.  The caller wakes everybody afterwards. */
-void dmh_reset_claims(struct dmh_shared *s, uint32_t worker)
-{
-    uint64_t *words = dmh_words(s);
-    uint8_t *copies = dmh_copies(s);
-    uint64_t n = 0;
-    for (uint64_t p = 0; p < s->pages; p++) {
-        uint64_t w = LOAD(&words[p]);
-        if (word_state(w) != DMH_FETCHING || word_worker(w) != worker)
-            continue;
-        int32_t slot = word_slot(w);
-        uint32_t back = slot >= 0 ? DMH_STAGED : copies[p] == DMH_COPY_VALID ? DMH_STORED : DMH_NEW;
-        if (dmh_move(s, p, w, back, 0, slot))
-            n++;
-    }
-    if (n)
-        dmh_release(s, n);
-}
-
 /* ---- room: pages of the region's memory that may still be filled ---- */
 
 /* Up to `wanted` pages of room; 0 when the hard limit is reached. */
@@ -160,24 +141,35 @@ uint64_t dmh_reserve(struct dmh_shared *s, uint64_t wanted)
 void dmh_release(struct dmh_shared *s, uint64_t n)
 {
     SUB(&s->resident, n);
-    if (LOAD(&s->room_waiters)) {
+    if (dmh_room_wanted(s)) {
         ADD(&s->room, 1);
         futex(&s->room, FUTEX_WAKE, INT_MAX, NULL);
     }
 }
 
-/* Wait until there may be room.  1: look again; 0: timed out or stopping. */
-int dmh_wait_room(struct dmh_shared *s, int timeout_ms)
+/* Does a fault wait for room? */
+int dmh_room_wanted(struct dmh_shared *s)
 {
+    for (uint32_t w = 0; w < s->workers; w++)
+        if (LOAD(&post_of(s, w)->waits))
+            return 1;
+    return 0;
+}
+
+/* Wait until there may be room.  1: look again; 0: timed out or stopping. */
+int dmh_wait_room(struct dmh_ctx *c, int timeout_ms)
+{
+    struct dmh_shared *s = c->s;
     struct timespec t = { timeout_ms / 1000, (timeout_ms % 1000) * 1000000l };
-    ADD(&s->room_waiters, 1);
+    uint32_t *waits = &post_of(s, c->worker)->waits;
+    __atomic_store_n(waits, 1u, __ATOMIC_SEQ_CST);
     uint32_t seen = LOAD(&s->room);
-    int there = LOAD(&s->resident) < s->resident_max; /* room may have come before we were counted as waiting */
+    int there = __atomic_load_n(&s->resident, __ATOMIC_SEQ_CST) < s->resident_max; /* it may have come before we were seen to wait */
     if (!there && !LOAD(&s->stop)) {
         dmh_ring_bell(s);
         there = futex(&s->room, FUTEX_WAIT, seen, &t) == 0 || errno == EAGAIN;
     }
-    SUB(&s->room_waiters, 1);
+    STORE(waits, 0u);
     return there;
 }
 
@@ -206,25 +198,40 @@ void dmh_stop(struct dmh_shared *s)
 
 /* ---- slots of the victim buffer: the evictor takes, whoever empties one frees ---- */
 
-int64_t dmh_take_slots(struct dmh_shared *s, uint32_t *out, uint64_t n, uint64_t from)
+int64_t dmh_take_slots(struct dmh_ctx *c, uint32_t *out, uint64_t n, uint64_t from)
 {
+    struct dmh_shared *s = c->s;
     uint32_t *flags = slot_flags(s);
     uint64_t got = 0;
+    enter(c);
     for (uint64_t i = 0; i < s->slots && got < n; i++) {
         uint64_t k = (from + i) % s->slots;
-        if (LOAD(&flags[k]))
+        if (LOAD(&flags[k]) != SLOT_FREE)
             continue;
-        STORE(&flags[k], 1u);
+        STORE(&flags[k], SLOT_ASIDE);
         out[got++] = (uint32_t)k;
     }
     ADD(&s->staged, got);
+    leave(c);
+    AT(c, DMH_AT_SLOTS_TAKEN);
     return (int64_t)got;
 }
 
-void dmh_free_slot(struct dmh_shared *s, uint32_t slot)
+/* Evictor: the slots that no page went into (every outcome but DIRTY) are free again. */
+void dmh_return_slots(struct dmh_ctx *c, const uint32_t *slots, const uint8_t *outcome, uint64_t n)
 {
-    STORE(&slot_flags(s)[slot], 0u);
-    SUB(&s->staged, 1);
+    enter(c);
+    for (uint64_t i = 0; i < n; i++)
+        if (outcome[i] != DMH_OUT_DIRTY)
+            dmh_free_slot(c, slots[i]);
+    leave(c);
+}
+
+/* The caller has entered, and the word that named the slot does not any more. */
+void dmh_free_slot(struct dmh_ctx *c, uint32_t slot)
+{
+    STORE(&slot_flags(c->s)[slot], SLOT_FREE);
+    SUB(&c->s->staged, 1);
 }
 
 /* ---- lanes: the monitor hands requests to resolvers that are awake ---- */
@@ -247,7 +254,9 @@ int dmh_hand_over(struct dmh_ctx *c, const struct dmh_request *r)
     uint32_t first = r->window && s->workers > 3 ? 2 : 1;
     uint32_t best = first;
     for (uint32_t n = first; n + 1 < s->workers && least; n++) {
-        uint64_t load = s->dispatched[n] - LOAD(&s->completed[n]);
+        uint64_t done = LOAD(&s->completed[n]), load = s->dispatched[n] > done ? s->dispatched[n] - done : 0;
+        if (!LOAD(&s->pids[n]))
+            load += UINT32_MAX; /* it has died, and its successor is not there yet */
         if (load < least)
             best = n, least = load;
     }

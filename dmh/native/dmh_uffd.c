@@ -162,7 +162,7 @@ struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_bas
     return c;
 }
 
-/* Monitor: the views added from now on are read by dmh_receive; with `follow`, the fault path moves to where the faults come from. */
+/* Monitor: the programs' views are read by dmh_receive; with `follow`, the fault path moves to where the faults come from. */
 int dmh_ctx_watch(struct dmh_ctx *c, int follow)
 {
     c->follow = follow;
@@ -174,7 +174,13 @@ int dmh_ctx_watch(struct dmh_ctx *c, int follow)
     if (!c->seen || !c->recent || c->epoll_fd < 0 || c->event_fd < 0)
         return -errno;
     struct epoll_event e = { .events = EPOLLIN, .data.u32 = 0 };
-    return epoll_ctl(c->epoll_fd, EPOLL_CTL_ADD, c->event_fd, &e) < 0 ? -errno : 0;
+    int r = epoll_ctl(c->epoll_fd, EPOLL_CTL_ADD, c->event_fd, &e) < 0 ? -errno : 0;
+    for (uint32_t i = 0; i < c->nviews && !r; i++) /* of programs that were there before this monitor */
+        if (!c->views[i].own) {
+            e.data.u32 = c->views[i].id;
+            r = epoll_ctl(c->epoll_fd, EPOLL_CTL_ADD, c->views[i].uffd, &e) < 0 ? -errno : 0;
+        }
+    return r;
 }
 
 void dmh_interrupt(struct dmh_ctx *c)

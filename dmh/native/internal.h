@@ -31,6 +31,8 @@ static inline uint32_t word_state(uint64_t w) { return w & ((1u << DMH_STATE_BIT
 static inline uint32_t word_worker(uint64_t w) { return (w >> DMH_WORKER_SHIFT) & ((1u << DMH_WORKER_BITS) - 1); }
 /* -1 where the word names no slot */
 static inline int32_t word_slot(uint64_t w) { return (int32_t)((w >> DMH_SLOT_SHIFT) & ((1u << DMH_SLOT_BITS) - 1)) - 1; }
+/* of a FETCHING page: its content has to come from the DMS */
+static inline int word_from_store(uint64_t w) { return (w >> DMH_FROM_STORE_SHIFT) & 1; }
 static inline uint32_t word_generation(uint64_t w) { return (uint32_t)(w >> DMH_GENERATION_SHIFT); }
 
 static inline uint64_t now_ns(void)
@@ -65,12 +67,14 @@ struct dmh_ctx {
     int region_fd;
     uint8_t *slots_base, *own_base;
     uint32_t worker;
+    uint32_t depth;             /* of enter(); only the thread that works on pages uses it */
     pthread_rwlock_t lock;      /* views[] and their descriptors: read-held over every use of one */
     uint32_t nviews;
     struct view views[DMH_MAX_VIEWS];
     /* monitor only */
     int epoll_fd, event_fd;
     uint32_t *seen;             /* per page: generation of the word that was last dispatched, plus one */
+    uint32_t forget;            /* told by dmh_forget_dispatched */
     int inline_on, store_fd;    /* resolve here what cannot block; store_fd -1: stored pages are not to be had here */
     const uint64_t *store_index;
     uint8_t *page_buffer;
@@ -85,7 +89,14 @@ struct dmh_ctx {
 };
 
 void dmh_die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
+
+/*
+ * A slot of the victim buffer: free, set aside by the evictor for a page that is still RESIDENT, or named by a page's word.  A slot that is
+ * NAMED although no word names it was left by a worker that died between the two.
+ */
+enum { SLOT_FREE, SLOT_ASIDE, SLOT_NAMED };
 static inline uint32_t *slot_flags(struct dmh_shared *s) { return (uint32_t *)((uint8_t *)s + s->slots_at); }
+static inline struct dmh_post *post_of(struct dmh_shared *s, uint32_t worker) { return (struct dmh_post *)((uint8_t *)s + s->posts_at) + worker; }
 
 /* The word that follows w: its new state, and a generation nobody has seen. */
 static inline uint64_t next_word(uint64_t page, uint64_t w, uint32_t state, uint32_t worker, int32_t slot)
@@ -93,7 +104,8 @@ static inline uint64_t next_word(uint64_t page, uint64_t w, uint32_t state, uint
     if (!(dmh_legal[word_state(w)] & (1u << state)))
         dmh_die("page %llu cannot go from %s to %s: this is a defect in dmh", (unsigned long long)page,
                 dmh_state_name[word_state(w)], dmh_state_name[state]);
-    return (uint64_t)state | (uint64_t)worker << DMH_WORKER_SHIFT | (uint64_t)(uint32_t)(slot + 1) << DMH_SLOT_SHIFT |
+    uint64_t from_store = state == DMH_FETCHING && (word_state(w) == DMH_STORED || word_state(w) == DMH_POISONED);
+    return (uint64_t)state | from_store << DMH_FROM_STORE_SHIFT | (uint64_t)worker << DMH_WORKER_SHIFT | (uint64_t)(uint32_t)(slot + 1) << DMH_SLOT_SHIFT |
            (uint64_t)(word_generation(w) + 1) << DMH_GENERATION_SHIFT;
 }
 
@@ -114,6 +126,44 @@ static inline void count(struct dmh_ctx *c, uint32_t counter, uint64_t n)
                      __atomic_load_n(&c->counters->cell[counter], __ATOMIC_RELAXED) + n, __ATOMIC_RELAXED);
 }
 
+/*
+ * Between enter and leave a worker changes what must be seen together: words, slots, the count of room.  Short, never waiting for anybody, so that
+ * who repairs the table after a death can wait until all others are outside, and then count.  They nest.
+ */
+void wait_until_thawed(struct dmh_ctx *c);
+static inline void enter(struct dmh_ctx *c)
+{
+    if (c->depth++)
+        return;
+    for (;;) {
+        /* Both orders must be visible: we are busy, then is it frozen; it freezes, then is anybody busy. */
+        __atomic_store_n(&post_of(c->s, c->worker)->busy, 1u, __ATOMIC_SEQ_CST);
+        uint32_t frozen = __atomic_load_n(&c->s->frozen, __ATOMIC_SEQ_CST);
+        if (!frozen || frozen == c->worker + 1)
+            return;
+        STORE(&post_of(c->s, c->worker)->busy, 0u);
+        wait_until_thawed(c);
+    }
+}
+static inline void leave(struct dmh_ctx *c)
+{
+    if (!--c->depth)
+        STORE(&post_of(c->s, c->worker)->busy, 0u);
+}
+
+/* A step that tests may stop a worker at. */
+#define AT(c, step) \
+    do { \
+        if (__builtin_expect(__atomic_load_n(&(c)->s->park, __ATOMIC_RELAXED) == (step) + 1u, 0)) \
+            dmh_step((c), (step)); \
+    } while (0)
+
+long futex(uint32_t *word, int op, uint32_t value, const struct timespec *timeout);
+void dmh_free_slot(struct dmh_ctx *c, uint32_t slot);
+void drain(int pipe_out);
+void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t bytes, const uint32_t *slots);
+void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uint64_t moved, uint64_t bytes, const uint32_t *slots,
+              struct dmh_journal *journal);
 int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word);
 void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, uint32_t thread);
 void note_latency(struct dmh_ctx *c, uint64_t since_ns);

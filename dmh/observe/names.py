@@ -36,6 +36,7 @@ COUNTERS: dict[str, str] = {
     "store_retries": "requests to the store that were tried again",
     "poisoned": "pages whose content was lost or failed its checksum: access raises SIGBUS",
     "intruded": "pages that something outside dmh had instantiated in the region, removed before installing",
+    "restarts": "worker processes that took the place of dead ones",
     "refused": "messages on dmh's own sockets that were malformed and ignored",
 }
 """Counter name -> what it counts."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from dmh.errors import DmhError, ProtocolError, RegionError, ServiceError
 from dmh.service.channel import Channel, Message, close_all
+from dmh.service.pool import View
 
 if TYPE_CHECKING:
     from dmh.service.launcher import Launcher
@@ -32,6 +33,7 @@ class Client:
     pid: int
     greeted: bool = False
     view: int = 0
+    base: int = 0
     uffd: int = -1
     pidfd: int = -1
     owner: bool = False
@@ -69,6 +71,14 @@ class Clients:
     def attached(self) -> int:
         """How many programs have the region mapped."""
         return sum(1 for client in self.all if client.view)
+
+    def views(self) -> list[View]:
+        """What a worker that is started again has to know of the programs."""
+        return [(_view(client), client.uffd) for client in self.all if client.view]
+
+    def pinned(self) -> list[tuple[int, int]]:
+        """Every pin that is in force: (first page, count), as often as it was asked for."""
+        return [pin for client in self.all for pin in client.pins]
 
     def accept(self, channel: Channel) -> Client | None:
         """A new connection; None where it is refused."""
@@ -129,11 +139,11 @@ class Clients:
         if client.view:
             close_all(descriptors)
             raise ProtocolError("this connection has a mapping already")
-        client.view, client.uffd = self._next_view, uffd
+        client.view, client.base, client.uffd = self._next_view, int(message["base"]), uffd
         self._next_view += 1
         # Answered when every worker knows the view: until then nobody would resolve its faults.
         self._launcher.pool.tell_all(
-            {"op": "view-add", "view": client.view, "base": int(message["base"]), "pid": client.pid},
+            _view(client),
             lambda replies: self.reply(client, next((r for r in replies if "error" in r), {"view": client.view})),
             [uffd],
         )
@@ -262,6 +272,10 @@ class Clients:
             then()
 
         self._launcher.pool.tell_all({"op": "view-remove", "view": view}, removed)
+
+
+def _view(client: Client) -> Message:
+    return {"op": "view-add", "view": client.view, "base": client.base, "pid": client.pid}
 
 
 def _merged(blocks: dict[int, int]) -> list[tuple[int, int]]:

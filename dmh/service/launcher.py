@@ -15,7 +15,6 @@ import logging
 import os
 import secrets
 import selectors
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dmh.config import Config, Limits, without_password
-from dmh.errors import KernelError
+from dmh.errors import KernelError, ServiceError
 from dmh.lspt.table import Bounds, Table
 from dmh.native import check, ffi, lib
 from dmh.observe.report import Snapshot
@@ -217,11 +216,17 @@ class Launcher:
     def _read_worker(self, worker: WorkerProcess) -> None:
         if self.pool.read(worker):
             return
-        status = worker.process.wait()
-        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        self.failure = f"{worker.name} ended unexpectedly ({how}); the service cannot go on without it"
-        log.error("%s", self.failure)
-        self._stopping = True
+        self.unwatch(worker.channel)
+        worker.process.wait()
+        lib.dmh_worker_gone(self.table.raw, worker.number)
+        try:
+            successor = self.pool.restart(worker, self.clients.views(), self.clients.pinned())
+        except ServiceError as error:
+            self.failure = str(error)
+            log.error("%s", self.failure)
+            self._stopping = True
+        else:
+            self.watch(successor.channel, functools.partial(self._read_worker, successor))
 
     # ---- what others ask
 

@@ -1,4 +1,4 @@
-"""The worker processes: started, set up, told of views, asked, and ended.
+"""The worker processes: started, set up, told of views, asked, started again when they die, and ended.
 
 Owns the processes and the launcher's ends of their control channels.  Does not own what the answers mean
 (`dmh.service.launcher`).
@@ -7,6 +7,7 @@ Owns the processes and the launcher's ends of their control channels.  Does not 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from dmh.errors import ServiceError
 from dmh.service.channel import Channel, Message, pair
@@ -22,19 +24,40 @@ from dmh.service.worker import Setup
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
 
+START_TRIES = 5
+PINS_PER_MESSAGE = 1000
+RESTORED = ("view-add", "view-remove", "unpin")
+"""What a successor knows from the views and pins it is given; asking it again would do it twice."""
+
 Answer = Callable[[Message], None]
+log = logging.getLogger("dmh")
+
+
+@dataclass(slots=True)
+class Request:
+    """A question to a worker that is not answered yet; kept whole, because its successor is asked again."""
+
+    message: Message
+    answer: Answer
+    descriptors: Sequence[int]
+
+
+View = tuple[Message, int]
+"""What a worker is told of a program's mapping, and its userfaultfd."""
 
 
 @dataclass(slots=True)
 class WorkerProcess:
-    """One worker, as the launcher sees it."""
+    """One worker, as the launcher sees it.  A successor takes over its number and its unanswered requests."""
 
     role: str
     number: int
     process: subprocess.Popen[bytes]
     channel: Channel
     ready: bool = False
-    waiting: dict[int, Answer] = field(default_factory=dict)
+    waiting: dict[int, Request] = field(default_factory=dict)
+    failed_starts: int = 0
+    """How many of its predecessors in a row died before they were ready."""
 
     @property
     def name(self) -> str:
@@ -61,12 +84,12 @@ class Pool:
 
     def start(self) -> None:
         """Start every worker; they come up in parallel and report `ready` on their channels."""
-        self._spawn("monitor", 0)
+        self.workers.append(self._spawn("monitor", 0))
         for number in range(1, self._setup.resolvers + 1):
-            self._spawn("resolver", number)
-        self._spawn("evictor", self._setup.resolvers + 1)
+            self.workers.append(self._spawn("resolver", number))
+        self.workers.append(self._spawn("evictor", self._setup.resolvers + 1))
 
-    def _spawn(self, role: str, number: int) -> None:
+    def _spawn(self, role: str, number: int, **setup: Any) -> WorkerProcess:
         channel, theirs = pair()
         with theirs:
             process = subprocess.Popen(
@@ -76,8 +99,38 @@ class Pool:
                 start_new_session=True,  # a terminal's Ctrl-C is for the program, not for its pager
             )
         worker = WorkerProcess(role, number, process, channel)
-        self.workers.append(worker)
-        channel.send({"op": "setup", "setup": asdict(replace(self._setup, number=number))}, self._descriptors)
+        settings = asdict(replace(self._setup, number=number, **setup))
+        _send(worker, {"op": "setup", "setup": settings}, self._descriptors)
+        return worker
+
+    def restart(self, dead: WorkerProcess, views: Sequence[View], pins: Sequence[tuple[int, int]]) -> WorkerProcess:
+        """A successor for a worker that has ended: told of every view, and asked again what the dead one was asked.
+
+        It repairs the table before it reports ready.  ServiceError where it has no prospect: a worker that aborts has
+        found a defect, and one that never gets ready will not the next time either.
+        """
+        status = dead.process.wait()
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        dead.channel.close()
+        if status == -signal.SIGABRT or dead.failed_starts >= START_TRIES:
+            raise ServiceError(f"{dead.name} ended unexpectedly ({how}); the service cannot go on without it")
+        log.warning("%s ended unexpectedly (%s) and is started again", dead.name, how)
+        told: list[tuple[Message, list[int]]] = [(message, [uffd]) for message, uffd in views]
+        if dead.role == "evictor":
+            for run in range(0, len(pins), PINS_PER_MESSAGE):
+                told.append(({"op": "pins-in-force", "runs": pins[run : run + PINS_PER_MESSAGE]}, []))
+        worker = self._spawn(dead.role, dead.number, restarted=True, preamble=len(told))
+        worker.failed_starts = 0 if dead.ready else dead.failed_starts + 1
+        self.workers[self.workers.index(dead)] = worker
+        for message, descriptors in told:
+            _send(worker, message, descriptors)
+        for number, request in dead.waiting.items():
+            if request.message["op"] in RESTORED:
+                request.answer({})
+            else:
+                worker.waiting[number] = request
+                _send(worker, request.message | {"id": number}, request.descriptors)
+        return worker
 
     def wait_ready(self) -> None:
         """Return when every worker has reported ready."""
@@ -98,8 +151,8 @@ class Pool:
     def tell(self, worker: WorkerProcess, message: Message, answer: Answer, descriptors: Sequence[int] = ()) -> None:
         """Ask one worker; `answer` is called with its reply from `read`."""
         self._next_request += 1
-        worker.waiting[self._next_request] = answer
-        worker.channel.send(message | {"id": self._next_request}, descriptors)
+        worker.waiting[self._next_request] = Request(message, answer, descriptors)
+        _send(worker, message | {"id": self._next_request}, descriptors)
 
     def tell_all(
         self, message: Message, answer: Callable[[list[Message]], None], descriptors: Sequence[int] = ()
@@ -121,9 +174,14 @@ class Pool:
         if received is None:
             return False
         message = received[0]
-        answer = worker.waiting.pop(message.get("id", 0), None)
-        if answer:
-            answer(message)
+        if message.get("op") == "ready":
+            worker.ready = True
+            if worker.role == "resolver":
+                # What the dead one had been handed is gone with it.
+                self.tell(self.by_role("monitor"), {"op": "forget-dispatched"}, lambda reply: None)
+        request = worker.waiting.pop(message.get("id", 0), None)
+        if request:
+            request.answer(message)
         return True
 
     def by_role(self, role: str) -> WorkerProcess:
@@ -143,3 +201,9 @@ class Pool:
                 os.kill(worker.process.pid, signal.SIGKILL)
                 worker.process.wait()
             worker.channel.close()
+
+
+def _send(worker: WorkerProcess, message: Message, descriptors: Sequence[int] = ()) -> None:
+    # A worker that is gone is noticed by the loop, and its successor is told.
+    with contextlib.suppress(ServiceError):
+        worker.channel.send(message, descriptors)

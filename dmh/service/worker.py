@@ -53,6 +53,10 @@ class Setup:
     log_level: int
     cpus: list[int]
     follow: bool
+    restarted: bool = False
+    """It takes the place of a worker that died, and has to set right what that one left."""
+    preamble: int = 0
+    """So many messages follow with what it has to know for that: the programs' views, the pins in force."""
 
     DESCRIPTORS = ("region", "table", "slots", "pipe_out", "pipe_in")
 
@@ -93,6 +97,14 @@ class Worker:
             self.table.raw, self.region_fd, ffi.from_buffer("uint8_t[]", self.slots), self.setup.number
         )
         self._map_own_view()
+        self.pins_in_force: list[tuple[int, int]] = []
+        for _ in range(self.setup.preamble):
+            if (received := self.channel.receive()) is None:
+                sys.exit(0)
+            if received[0]["op"] == "pins-in-force":
+                self.pins_in_force += received[0]["runs"]
+            else:
+                self._answer(*received)
         self.stopping = threading.Event()
         self.orphaned = False
         self._handlers: dict[str, Callable[[Message], Message | None]] = {}
