@@ -148,23 +148,31 @@ class TestRun:
         process.kill()
         process.wait(10)  # the fixture waits until nothing is left
 
-    def test_a_worker_that_dies_ends_the_run_with_a_message_and_never_with_zeros(self, service: Service) -> None:
-        process = service.start(
-            "run",
-            "-c",
-            str(service.file),
-            "--",
-            sys.executable,
-            "-c",
-            PROGRAM + "time.sleep(0.5)\nprint(a[5], a.sum())\ntime.sleep(60)",
-        )
+    @pytest.mark.parametrize("role", ["monitor", "resolver", "evictor"])
+    def test_a_worker_that_is_killed_is_replaced_and_the_program_goes_on(self, service: Service, role: str) -> None:
+        code = PROGRAM + "sys.stdin.readline()\na += 1\nprint(a[5], a.sum())\n"
+        process = service.start("run", "-c", str(service.file), "--", sys.executable, "-c", code, stdin=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        worker = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", f"workers.{role}"], text=True).split()
+        os.kill(int(worker[0]), signal.SIGKILL)
+        out, err = process.communicate("go on\n", timeout=30)
+        assert process.returncode == 0, err
+        assert out == f"6.0 {200_000 * 199_999 / 2 + 200_000}\n"
+        assert "ended unexpectedly (SIGKILL) and is started again" in err
+
+    def test_a_worker_that_finds_a_defect_ends_the_run_with_a_message_and_never_with_zeros(
+        self, service: Service
+    ) -> None:
+        code = PROGRAM + "time.sleep(0.5)\nprint(a[5], a.sum())\ntime.sleep(60)"
+        process = service.start("run", "-c", str(service.file), "--", sys.executable, "-c", code)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         evictor = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "workers.evictor"], text=True).split()
-        os.kill(int(evictor[0]), signal.SIGKILL)
+        os.kill(int(evictor[0]), signal.SIGABRT)
         out, err = process.communicate(timeout=30)
         assert process.returncode != 0
-        assert "evictor ended unexpectedly (SIGKILL)" in err
+        assert "evictor ended unexpectedly (SIGABRT)" in err
         assert "0.0 " not in out
 
     @pytest.mark.parametrize(
