@@ -228,6 +228,20 @@ class StoreConfig(_Section):
     )
 
 
+class ServiceConfig(_Section):
+    """What programs do when processes of their service die."""
+
+    grace: _Seconds = Field(
+        default=5.0,
+        description="A program goes on, its page faults waiting, this long after its whole service has died; then it "
+        "is ended with a message.",
+    )
+    grace_launcher: _Seconds = Field(
+        default=600.0,
+        description="A program goes on this long while workers live and no launcher takes over from one that died.",
+    )
+
+
 class Config(_Section):
     """Everything a service is told, validated once; made by `dmh.config.load`."""
 
@@ -237,6 +251,7 @@ class Config(_Section):
     evictor: EvictorConfig = Field(default_factory=EvictorConfig)
     prefetch: PrefetchConfig = Field(default_factory=PrefetchConfig)
     store: StoreConfig
+    service: ServiceConfig = Field(default_factory=ServiceConfig)
 
     def to_wire(self) -> str:
         """This configuration as JSON, for a worker's `from_wire`.  Holds the store's password, if its URL does."""
@@ -263,6 +278,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "evictor": EvictorConfig,
     "prefetch": PrefetchConfig,
     "store": StoreConfig,
+    "service": ServiceConfig,
 }
 
 

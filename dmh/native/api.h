@@ -120,6 +120,7 @@ int64_t  dmh_drain(struct dmh_shared *s, struct dmh_event *out, uint64_t max);
 #define DMH_UFFD_USER_ONLY 3    /* faults from user mode only */
 int      dmh_uffd_open(int *how, uint64_t *features);
 int      dmh_uffd_register(int uffd, void *base, uint64_t bytes);
+int      dmh_uffd_wake(int uffd, uint64_t base, uint64_t bytes);
 void    *dmh_map_region(int memfd, uint64_t bytes, uint64_t align, int writable, int follow_forks);
 int      dmh_unmap(void *base, uint64_t bytes);
 int      dmh_seal_mapping(void *base, uint64_t bytes);
@@ -204,7 +205,13 @@ int      dmh_punch_file(int fd, uint64_t offset, uint64_t bytes);
 
 /* ---- the application's guardian thread ---- */
 
-int      dmh_guardian_start(int socket_fd, int grace_ms, const char *message);
+#define DMH_SERVED 0            /* connected */
+#define DMH_WAITING 1           /* the launcher is gone, workers live: one may take over */
+#define DMH_DESERTED 2          /* nobody is left, or the service does not know this program: its end is near */
+int      dmh_guardian_start(int socket_fd, const char *directory, const char *name, int grace_ms, int launcher_grace_ms);
+int      dmh_guardian_resume(int handle, const char *message);
+int      dmh_guardian_state(int handle);
+int      dmh_guardian_rejoined(int handle, uint32_t *seen);
 void     dmh_guardian_stop(int handle);
 int      dmh_die_with_parent(void);
 

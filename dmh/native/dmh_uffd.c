@@ -84,6 +84,13 @@ int dmh_uffd_register(int uffd, void *base, uint64_t bytes)
     return ioctl(uffd, UFFDIO_REGISTER, &r) < 0 ? -errno : 0;
 }
 
+/* Wake whoever waits in the range; -EINVAL where no mapping of that userfaultfd's process can have it. */
+int dmh_uffd_wake(int uffd, uint64_t base, uint64_t bytes)
+{
+    struct uffdio_range r = { base, bytes };
+    return ioctl(uffd, UFFDIO_WAKE, &r) < 0 ? -errno : 0;
+}
+
 /*
  * Map the region so that it is safe before it is touched: no huge pages (punching one destroys data), and not inherited by
  * children, whose unregistered copy would make zeros for everybody.  NULL with errno set on failure.

@@ -1,7 +1,7 @@
 """An application's connection to a service: finding it, speaking to it, and starting one of its own.
 
 Owns the control socket's client end and, for `dmh.open`, the launcher process behind it.  Does not own the mapping
-(`dmh.region.region`).
+(`dmh.region.mapping`) nor the thread that notices a launcher's end (`dmh.region.guardian`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from dmh import errors
 from dmh.config import Config
 from dmh.errors import DmhError, ServiceError
+from dmh.region.guardian import Guardian
 from dmh.service.channel import Channel, Message
 from dmh.service.paths import SOCKET_VARIABLE, control_socket, running_services, service_directory
 
@@ -55,28 +56,51 @@ def connect(path: Path) -> Channel:
 
 
 class Connection:
-    """A channel that several threads may use: one request at a time, errors raised as what they were."""
+    """A channel that several threads may use: one request at a time, errors raised as what they were.
 
-    def __init__(self, channel: Channel, launcher: subprocess.Popen[bytes] | None = None) -> None:
-        self.channel = channel
+    With a `guardian` it outlives the launcher: a request that its end has cut off is made again to the launcher that
+    takes over.
+    """
+
+    def __init__(self, path: Path, launcher: subprocess.Popen[bytes] | None = None) -> None:
+        self.path = path
+        self.channel = connect(path)
+        self.guardian: Guardian | None = None
         self._launcher = launcher
         self._lock = threading.Lock()
 
-    def request(self, message: Message, descriptors: tuple[int, ...] = ()) -> tuple[Message, list[int]]:
-        """Ask and wait; raises the error that the answer carries."""
+    def request(
+        self, message: Message, descriptors: tuple[int, ...] = (), *, patient: bool = True
+    ) -> tuple[Message, list[int]]:
+        """Ask and wait; raises the error that the answer carries.  Without `patient` a launcher that is gone is an
+        error at once.
+        """
         with self._lock:
-            answer, received = self.channel.request(message, descriptors)
+            while True:
+                try:
+                    answer, received = self.channel.request(message, descriptors)
+                    break
+                except ServiceError:
+                    successor = self.guardian.rejoin() if self.guardian and patient else None
+                    if successor is None:
+                        raise
+                    self.channel.close()
+                    self.channel = successor
         if "error" in answer:
             kind = getattr(errors, str(answer.get("kind")), ServiceError)
             raise (kind if isinstance(kind, type) and issubclass(kind, DmhError) else ServiceError)(answer["error"])
         return answer, received
 
     def tell(self, message: Message) -> bool:
-        """Send something that has no answer, unless another thread is in a request: then False, try later."""
+        """Send something that has no answer.  False, try later: another thread is in a request, or the launcher is
+        gone.
+        """
         if not self._lock.acquire(blocking=False):
             return False
         try:
             self.channel.send(message)
+        except ServiceError:
+            return False
         finally:
             self._lock.release()
         return True
@@ -116,7 +140,7 @@ def start_service(config: Config) -> Connection:
         raise getattr(errors, kind, ServiceError)(
             text.strip().replace("\x1f", "\n") or "the service ended while it was starting; see its message above"
         )
-    return Connection(connect(Path(line[6:].rstrip("\n"))), process)
+    return Connection(Path(line[6:].rstrip("\n")), process)
 
 
 def stop_service(name: str | None) -> None:

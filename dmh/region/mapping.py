@@ -1,7 +1,7 @@
 """An application's mapping of a region: made safe, registered, handed over, and taken down so that a stale array
 cannot read zeros.
 
-Owns the address range, the process's userfaultfd and the guardian thread.  Does not own arrays (`dmh.region.region`).
+Owns the address range and the process's userfaultfd.  Does not own arrays (`dmh.region.region`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 from dmh.errors import KernelError
 from dmh.native import check, ffi, lib
-from dmh.region.connection import Connection
 
 log = logging.getLogger("dmh")
 
@@ -36,7 +35,6 @@ class Mapping:
             )
         self.base = int(ffi.cast("uintptr_t", self._pointer))
         self._sealed = False
-        self._guardian: int | None = None
         how, features = ffi.new("int *"), ffi.new("uint64_t *")
         try:
             self.uffd = check(lib.dmh_uffd_open(how, features), "opening a userfaultfd")
@@ -52,22 +50,6 @@ class Mapping:
             )
         if seal:
             self._sealed = lib.dmh_seal_mapping(self._pointer, size) == 0
-
-    def guard(self, connection: Connection, grace: float, name: str) -> None:
-        """From now on this process ends, with a message, when the service has been gone for `grace` seconds."""
-        message = (
-            f"dmh: the service '{name}' is gone, and with it the pages of this program that it held: ending "
-            f"process {os.getpid()} "
-            f"(its threads would wait forever; zeros are never handed out)\n"
-        )
-        handle = lib.dmh_guardian_start(connection.channel.fileno(), int(grace * 1000), message.encode())
-        self._guardian = check(handle, "starting the guardian thread")
-
-    def unguard(self) -> None:
-        """The service may go now: this process has let go of the region."""
-        if self._guardian is not None:
-            lib.dmh_guardian_stop(self._guardian)
-            self._guardian = None
 
     def buffer(self, offset: int, size: int) -> memoryview:
         """The bytes offset .. offset + size - 1; they stay valid until `close`."""

@@ -23,7 +23,8 @@ from dmh.config import Config, load
 from dmh.errors import RegionError
 from dmh.native import lib
 from dmh.observe.report import Snapshot
-from dmh.region.connection import Connection, connect, find_socket, start_service
+from dmh.region.connection import Connection, find_socket, start_service
+from dmh.region.guardian import Guardian, Patience
 from dmh.region.mapping import Mapping
 from dmh.service.channel import Message
 from dmh.service.clients import PROTOCOL
@@ -82,14 +83,27 @@ class Region:
             self._mapping = Mapping(region_fd, self.size, self.page_size, seal=bool(description["seal"]))
         finally:
             os.close(region_fd)
-        # Watched from before the first fault: a service that dies later leaves this process frozen otherwise.
-        self._mapping.guard(connection, float(description["grace"]), self.name)
-        connection.request({"op": "register", "base": self._mapping.base}, (self._mapping.uffd,))
+        try:
+            self._register(connection, description)
+        except BaseException:
+            self._mapping.close()
+            if connection.guardian:
+                connection.guardian.stop()
+            raise
         self._pid = os.getpid()
         self._closed = False
         self._close_lock = threading.Lock()
         self._freed: deque[int] = deque()
         self._finalizer = weakref.finalize(self, _disconnect, connection, self._mapping, os.getpid())
+
+    def _register(self, connection: Connection, description: Message) -> None:
+        # Watched from before the first fault: a service that dies later leaves this process frozen otherwise.
+        patience = Patience(float(description["grace"]), float(description["grace_launcher"]))
+        connection.guardian = Guardian(connection.channel, connection.path, self.name, patience)
+        answer, _ = connection.request({"op": "register", "base": self._mapping.base}, (self._mapping.uffd,))
+        connection.guardian.resume_with(
+            {"op": "resume", "version": PROTOCOL, "service": description["service"], "view": answer["view"]}
+        )
 
     # ---- arrays
 
@@ -239,7 +253,8 @@ class Region:
             lib.dmh_touch(self._mapping.pointer(first * self.page_size), count * self.page_size, self.page_size)
             yield array
         finally:
-            if not self._closed:
+            # A block that is still open when the region ends, at the interpreter's end for one, has nothing to undo.
+            if not self._closed and self._finalizer.alive:
                 self._request({"op": "unpin", "first": first, "count": count})
 
     def stats(self) -> Snapshot:
@@ -315,13 +330,13 @@ class Region:
         """Give back the pages of arrays that are gone.  Called with no lock held, and from the garbage collector at
         any moment.
         """
-        while self._freed:
-            first = self._freed.popleft()
+        while True:
             try:
-                if not self._connection.tell({"op": "free", "first": first}):
-                    self._freed.append(first)
-                    return
-            except Exception:  # the service is gone, and the pages with it
+                first = self._freed.popleft()
+            except IndexError:
+                return
+            if not self._connection.tell({"op": "free", "first": first}):
+                self._freed.append(first)  # told after the next request, or never: if the service is gone
                 return
 
 
@@ -337,9 +352,10 @@ def _disconnect(connection: Connection, mapping: Mapping, pid: int) -> None:
     if os.getpid() != pid:
         return
     mapping.close()
+    if connection.guardian:
+        connection.guardian.stop()  # nothing here needs the service any more
     with contextlib.suppress(Exception):
-        connection.request({"op": "detach"})
-    mapping.unguard()
+        connection.request({"op": "detach"}, patient=False)
     connection.close()
 
 
@@ -377,4 +393,4 @@ def attach(name: str | None = None) -> Region:
         ServiceError: no such service.
         KernelError: this process may not use userfaultfd.
     """
-    return Region(Connection(connect(find_socket(name))))
+    return Region(Connection(find_socket(name)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dmh.errors import DmhError, ProtocolError, RegionError, ServiceError
+from dmh.native import lib
 from dmh.service.channel import Channel, Message, close_all
 from dmh.service.pool import View
 
@@ -27,14 +28,23 @@ PROTOCOL = 1
 
 @dataclass(slots=True)
 class Client:
-    """One connection."""
+    """One program, or one connection of something else (`dmh stats`).
 
-    channel: Channel
+    Attributes:
+        channel: its connection; None while it has none, after this launcher took over from another.
+        pid: its process.
+        view: the number of its mapping, 0 without one; `uffd` and `base` are that mapping's.
+        owner: the service ends with it.
+        blocks: first page -> pages, of the arrays that it holds.
+        pins: (first page, pages), as often as they were pinned.
+    """
+
+    channel: Channel | None
     pid: int
     greeted: bool = False
     view: int = 0
-    base: int = 0
     uffd: int = -1
+    base: int = 0
     pidfd: int = -1
     owner: bool = False
     blocks: dict[int, int] = field(default_factory=dict)
@@ -47,11 +57,13 @@ class Clients:
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
         self.all: list[Client] = []
+        self.refused = 0
         self._next_view = 1
         self._waiting_for_room: list[tuple[Client, Message]] = []
         self._being_freed = 0
         self._operations: dict[str, Callable[[Client, Message, list[int]], Message | None]] = {
             "hello": self._hello,
+            "resume": self._resume,
             "register": self._register,
             "detach": self._detach,
             "allocate": self._allocate,
@@ -85,6 +97,7 @@ class Clients:
         pid, uid = channel.peer()
         if uid not in (os.getuid(), 0):
             log.warning("refused a connection of process %d of user %d", pid, uid)
+            self.refused += 1
             channel.close()
             return None
         client = Client(channel, pid)
@@ -93,32 +106,47 @@ class Clients:
 
     def read(self, client: Client) -> bool:
         """Handle one packet; False when the program has closed its end or must be cut off."""
+        assert client.channel is not None
         try:
             received = client.channel.receive()
         except ProtocolError as error:
             log.warning("process %d was cut off: %s", client.pid, error)
+            self.refused += 1
             return False
         if received is None:
             return False
         message, descriptors = received
         try:
-            operation = self._operations.get(str(message.get("op")))
-            if operation is None or not (client.greeted or message["op"] in ("hello", "stats", "stop")):
-                close_all(descriptors)
-                raise ProtocolError(f"unknown or untimely operation {message.get('op')!r}")
-            answer = operation(client, message, descriptors)
+            answer = self._carry_out(client, message, descriptors)
+        except ProtocolError as error:
+            self.refused += 1
+            answer = {"error": str(error), "kind": "ProtocolError"}
         except DmhError as error:
             answer = {"error": str(error), "kind": type(error).__name__}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            self.refused += 1
             answer = {"error": f"malformed request: {error!r}", "kind": "ProtocolError"}
+        finally:
+            close_all(descriptors)
         if answer is not None:
             self.reply(client, answer)
         return True
 
+    def _carry_out(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
+        """An operation takes the descriptors that it keeps out of the list."""
+        name = str(message.get("op"))
+        operation = self._operations.get(name)
+        if operation is None or not (client.greeted or name in ("hello", "resume", "stats", "stop")):
+            raise ProtocolError(f"unknown or untimely operation {name!r}")
+        if len(descriptors) != (name == "register"):
+            raise ProtocolError(f"{name} came with {len(descriptors)} descriptors")
+        return operation(client, message, descriptors)
+
     def reply(self, client: Client, answer: Message, descriptors: list[int] | None = None) -> None:
         """Answer a client, if it is still there."""
-        with contextlib.suppress(ServiceError):
-            client.channel.send(answer, descriptors or [])
+        if client.channel is not None:
+            with contextlib.suppress(ServiceError):
+                client.channel.send(answer, descriptors or [])
 
     # ---- operations: each returns its answer, or None where the answer comes later or none is expected
 
@@ -134,18 +162,33 @@ class Clients:
         self.reply(client, self._launcher.describe(), [self._launcher.region_fd])
         return None
 
+    def _resume(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
+        """A program of the launcher before this one: what is known of it goes over to its new connection."""
+        if message.get("version") != PROTOCOL or message.get("service") != self._launcher.id:
+            raise ProtocolError("this is another service than the one that the program was attached to")
+        view = int(message["view"])
+        known = next((c for c in self.all if c.channel is None and c.view == view and c.pid == client.pid), None)
+        if known is None or client.greeted:
+            raise ProtocolError(f"no program with the mapping {view} in process {client.pid} is waited for")
+        self.all.remove(known)
+        self._launcher.forget_process(known)
+        client.greeted, client.owner = True, known.owner
+        client.view, client.uffd, client.base = known.view, known.uffd, known.base
+        client.blocks, client.pins = known.blocks, known.pins
+        return {"view": view}
+
     def _register(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
-        (uffd,) = descriptors
         if client.view:
-            close_all(descriptors)
             raise ProtocolError("this connection has a mapping already")
-        client.view, client.base, client.uffd = self._next_view, int(message["base"]), uffd
+        base = int(message["base"])
+        check_userfaultfd(descriptors[0], base, self._launcher.config.region.size)
+        client.view, client.uffd, client.base = self._next_view, descriptors.pop(), base
         self._next_view += 1
         # Answered when every worker knows the view: until then nobody would resolve its faults.
         self._launcher.pool.tell_all(
             _view(client),
             lambda replies: self.reply(client, next((r for r in replies if "error" in r), {"view": client.view})),
-            [uffd],
+            [client.uffd],
         )
         return None
 
@@ -248,9 +291,19 @@ class Clients:
         self.all.remove(client)
         self._waiting_for_room = [w for w in self._waiting_for_room if w[0] is not client]
         self._give_up(client, lambda: None)
-        client.channel.close()
+        if client.channel is not None:
+            client.channel.close()
         if client.owner:
             self._launcher.stop(lambda: None)
+
+    def close(self) -> None:
+        """The service ends, and its workers have: hang up, and let go of every userfaultfd."""
+        for client in self.all:
+            if client.channel is not None:
+                client.channel.close()
+            if client.view:
+                os.close(client.uffd)
+        self.all.clear()
 
     def _give_up(self, client: Client, then: Callable[[], None]) -> None:
         evictor = self._launcher.pool.by_role("evictor")
@@ -276,6 +329,15 @@ class Clients:
 
 def _view(client: Client) -> Message:
     return {"op": "view-add", "view": client.view, "base": client.base, "pid": client.pid}
+
+
+def check_userfaultfd(fd: int, base: int, size: int) -> None:
+    """Refuse what would make workers stumble: another kind of descriptor, or a range that no mapping can have."""
+    if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+        raise ProtocolError("the descriptor of a mapping is not a userfaultfd")
+    if not 0 < base < 1 << 63 or lib.dmh_uffd_wake(fd, base, size) < 0:
+        raise ProtocolError(f"no mapping can lie at {base:#x}, or its userfaultfd is not set up")
+    os.set_blocking(fd, False)  # or the monitor would find it ready for ever
 
 
 def _merged(blocks: dict[int, int]) -> list[tuple[int, int]]:

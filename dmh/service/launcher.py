@@ -30,7 +30,7 @@ from dmh.region.extents import Extents
 from dmh.service import requirements
 from dmh.service.channel import Channel, Message
 from dmh.service.clients import Client, Clients
-from dmh.service.paths import ServiceDirectory, control_socket
+from dmh.service.paths import ServiceDirectory, control_socket, hold_alive
 from dmh.service.placement import Placement
 from dmh.service.pool import Pool, WorkerProcess
 from dmh.service.worker import Setup
@@ -39,8 +39,6 @@ from dmh.store.registry import spec_to_wire, store_class
 
 log = logging.getLogger("dmh")
 
-GRACE_SECONDS = 5.0
-"""How long a program waits, frozen, for a service that is gone before it is ended."""
 PIPE_BYTES = 1 << 20
 
 
@@ -53,6 +51,7 @@ class Launcher:
         self.config = config
         self.limits = Limits.of(config)
         self.name = config.region.name
+        self.id = secrets.token_hex(8)  # a program must not take a later service of this name for the same one
         self.region_fd = -1
         self.pool: Pool
         self.table: Table
@@ -93,6 +92,7 @@ class Launcher:
         requirements.check(config)
         self.directory = ServiceDirectory(self.name)
         self._undo.callback(self.directory.remove)
+        self._own(hold_alive(self.directory.path))
         spec = StoreSpec(config.store.url, self.name, secrets.token_bytes(16), page_size, pages, config.store.timeout)
         store = store_class(spec.url)
         store_fds = store.prepare(spec)
@@ -178,9 +178,10 @@ class Launcher:
     def _accept(self, server: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
             connection, _ = server.accept()
-            client = self.clients.accept(Channel(connection))
+            channel = Channel(connection)
+            client = self.clients.accept(channel)
             if client:
-                self.watch(client.channel, lambda: self._read_client(client))
+                self.watch(channel, lambda: self._read_client(client))
                 self._watch_process(client)
 
     def _watch_process(self, client: Client) -> None:
@@ -206,12 +207,18 @@ class Launcher:
 
     def _drop(self, client: Client) -> None:
         if client in self.clients.all:
-            self.unwatch(client.channel)
-            if client.pidfd >= 0:
-                self.unwatch(client.pidfd)
-                os.close(client.pidfd)
+            if client.channel is not None:
+                self.unwatch(client.channel)
+            self.forget_process(client)
             self.clients.drop(client)
             self.on_detach()
+
+    def forget_process(self, client: Client) -> None:
+        """Do not wait for the end of this program's process any more."""
+        if client.pidfd >= 0:
+            self.unwatch(client.pidfd)
+            os.close(client.pidfd)
+            client.pidfd = -1
 
     def _read_worker(self, worker: WorkerProcess) -> None:
         if self.pool.read(worker):
@@ -238,7 +245,9 @@ class Launcher:
             "size": region.size,
             "page_size": region.page_size,
             "seal": region.seal,
-            "grace": GRACE_SECONDS,
+            "service": self.id,
+            "grace": self.config.service.grace,
+            "grace_launcher": self.config.service.grace_launcher,
         }
 
     def stats(self, answer: Callable[[dict[str, Any]], None]) -> None:
@@ -253,7 +262,7 @@ class Launcher:
 
     def snapshot(self) -> Snapshot:
         """The figures of the moment that stand in shared memory."""
-        return Snapshot.take(
+        snapshot = Snapshot.take(
             self.table,
             name=self.name,
             programs=self.clients.attached,
@@ -262,6 +271,8 @@ class Launcher:
             seconds=time.monotonic() - self._began,
             store={"url": without_password(self.config.store.url)},
         )
+        snapshot.counters["refused"] += self.clients.refused
+        return snapshot
 
     def write_stats(self, path: Path) -> None:
         """The counters as JSON, for `--stats FILE`."""
@@ -277,11 +288,7 @@ class Launcher:
             for then in self._before_end:
                 then()
             self._before_end.clear()
-            for client in list(self.clients.all):
-                client.channel.close()
-                if client.uffd >= 0 and client.view:
-                    os.close(client.uffd)
-            self.clients.all.clear()
+            self.clients.close()
             self._selector.close()
 
 

@@ -1,7 +1,8 @@
 """Where a service's sockets are: a directory of mode 0700, found again by the service's name.
 
-Owns the directory's creation, its check and its lock.  One service a name: the launcher holds the lock for its life,
-so what a killed service left behind is recognised and cleared.
+Owns the directory's creation, its check, its lock and the sign of life in it.  One service a name: the launcher holds
+the lock for its life, so what a killed service left behind is recognised and cleared.  The sign of life (`alive`) is
+held by the launcher and by every worker: whoever can lock it alone knows that nothing of the service is left.
 """
 
 from __future__ import annotations
@@ -33,6 +34,22 @@ def service_directory(name: str) -> Path:
 def control_socket(directory: Path) -> Path:
     """The control socket in a service's directory."""
     return directory / "control.sock"
+
+
+def alive_file(directory: Path) -> Path:
+    """The file that every process of a service holds a shared lock on."""
+    return directory / "alive"
+
+
+def hold_alive(directory: Path) -> int:
+    """Show that this process, of the service in `directory`, lives: a shared lock that its end gives up, however it
+    ends.  Called once by the launcher and by every worker; returns the descriptor, which is not inherited.
+
+    Programs look whether anybody holds it (`dmh_guardian_start`) when their connection has ended.
+    """
+    fd = os.open(alive_file(directory), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
 
 
 def running_services() -> list[str]:

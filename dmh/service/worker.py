@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from dmh.errors import DmhError, ProtocolError, ServiceError
 from dmh.lspt.table import Table
 from dmh.native import check, ffi, lib
 from dmh.service.channel import Channel, Message, close_all
+from dmh.service.paths import hold_alive
 from dmh.store.base import Store
 from dmh.store.registry import open_store, spec_from_wire
 from dmh.store.retry import Retry
@@ -77,6 +79,7 @@ class Worker:
             sys.exit(0)
         message, descriptors = answer
         self.setup = Setup(**message["setup"])
+        self._alive = hold_alive(Path(self.setup.directory))
         known = len(Setup.DESCRIPTORS)
         self.region_fd, table_fd, self._slots_fd, self.pipe_out, self.pipe_in = descriptors[:known]
         self._store_fds = descriptors[known:]
