@@ -22,7 +22,7 @@ from dmh.evict.policies import POLICIES
 from dmh.lspt.states import State
 from dmh.native import lib
 from dmh.service.channel import Message
-from dmh.service.recovery import recover
+from dmh.service.recovery import recover, restore_pins
 from dmh.service.worker import Worker
 from dmh.store.registry import spec_from_wire, store_class
 from dmh.store.retry import Stopped
@@ -44,7 +44,7 @@ class Evictor:
         self.leaver = Leaver(self.table, worker.context, setup.number, worker.slots, pipe, self.store, worker.retry())
         self.lpet = Lpet(self.table, POLICIES[setup.policy](), self.leaver, setup.batch, setup.number)
         self.requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        for operation in ("discard", "evict", "flush", "pin", "unpin", "store-stats"):
+        for operation in ("discard", "evict", "flush", "pin", "unpin", "pins-in-force", "store-stats"):
             worker.handle(operation, self._enqueue)
 
     def _enqueue(self, message: Message) -> None:
@@ -129,6 +129,13 @@ class Evictor:
     def _pin(self, message: Message) -> Message:
         problem = self.lpet.pin(message["first"], message["count"])
         return {"error": problem} if problem else {}
+
+    def _pins_in_force(self, message: Message) -> Message:
+        # A launcher has taken over, and its word counts: the dead one may not have known of the last pin.
+        self.worker.pins_in_force += message["runs"]
+        if message["last"]:
+            restore_pins(self.worker)
+        return {}
 
     def _unpin(self, message: Message) -> Message:
         self.lpet.unpin(message["first"], message["count"])

@@ -23,6 +23,9 @@ def add_parser(commands: Any) -> None:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("-c", "--config", metavar="FILE", help="the service's configuration")
+    which.add_argument(
+        "--adopt", metavar="NAME", help="take over a running service whose launcher has died; its programs go on"
+    )
     which.add_argument("--stop", metavar="NAME", help="stop a running service instead")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override a setting"
@@ -36,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
     if args.stop:
         stop_service(args.stop)
         return 0
-    config = load(args.config, args.overrides)
-    with Launcher(config) as launcher:
-        launcher.start()
+    with Launcher.adopt(args.adopt) if args.adopt else Launcher(load(args.config, args.overrides)) as launcher:
+        if not args.adopt:
+            launcher.start()
+        config = launcher.config
         _stop_on_signals(launcher)
         print(
             f"dmh: serving {launcher.name!r}: {format_size(config.region.size)} in pages of "

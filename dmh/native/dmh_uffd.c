@@ -202,6 +202,12 @@ int dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, int pi
 {
     int r = 0;
     pthread_rwlock_wrlock(&c->lock);
+    if (find_view(c, id)) {
+        /* A launcher that took over tells everybody of every view; what is known stays as it is. */
+        pthread_rwlock_unlock(&c->lock);
+        close(uffd);
+        return 0;
+    }
     if (c->nviews == DMH_MAX_VIEWS)
         r = -ENOSPC;
     if (!r && c->epoll_fd >= 0 && !own) {

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from dmh.errors import DmhError, ProtocolError, RegionError, ServiceError
 from dmh.native import lib
 from dmh.service.channel import Channel, Message, close_all
-from dmh.service.pool import View
+from dmh.service.ledger import State, started
+from dmh.service.pool import View, pins_in_force
 
 if TYPE_CHECKING:
     from dmh.service.launcher import Launcher
@@ -91,6 +92,48 @@ class Clients:
     def pinned(self) -> list[tuple[int, int]]:
         """Every pin that is in force: (first page, count), as often as it was asked for."""
         return [pin for client in self.all for pin in client.pins]
+
+    # ---- after another launcher
+
+    def restore(self, state: State, views: dict[int, int]) -> list[int]:
+        """Know again the programs of a launcher that died.  `views`: what its workers know, view -> userfaultfd.
+
+        Returns views that no program is known for: it had detached, and not every worker had heard of it.
+        """
+        self._next_view = state.views + 1
+        for program in list(state.programs.values()):
+            uffd = views.pop(program.view, -1)
+            if uffd < 0:  # it was just registering, and nobody had told it that it was
+                self._launcher.ledger.note("detach", view=program.view)
+                continue
+            self.all.append(
+                Client(None, program.pid, view=program.view, base=program.base, uffd=uffd, owner=program.owner,
+                       blocks=dict(program.blocks), pins=list(program.pins))
+            )  # fmt: skip
+        runs = [run for program in state.programs.values() for run in program.blocks.items()]
+        for first, count in [*runs, *state.taken, *state.freeing.items()]:
+            self._launcher.extents.take(first, count)
+        for uffd in views.values():
+            os.close(uffd)
+        return list(views)
+
+    def settle(self, strangers: list[int]) -> None:
+        """Tell the workers what the dead launcher may not have told all of them."""
+        pool = self._launcher.pool
+        for view in strangers:
+            pool.tell_all({"op": "view-remove", "view": view}, lambda replies: None)
+        for message, uffd in self.views():
+            pool.tell_all(message, lambda replies: None, [uffd])
+        for message in pins_in_force(self.pinned()):
+            pool.tell(pool.by_role("evictor"), message, lambda reply: None)
+        pool.tell(pool.by_role("monitor"), {"op": "forget-dispatched"}, lambda reply: None)
+        for first, count in list(self._launcher.ledger.state.freeing.items()):
+            self._release(0, first, count)
+        for client in list(self.all):
+            program = self._launcher.ledger.state.programs[client.view]
+            if started(program.pid) != program.started:
+                self.drop(client)
+        self._launcher.watch_programs()
 
     def accept(self, channel: Channel) -> Client | None:
         """A new connection; None where it is refused."""
@@ -184,6 +227,8 @@ class Clients:
         check_userfaultfd(descriptors[0], base, self._launcher.config.region.size)
         client.view, client.uffd, client.base = self._next_view, descriptors.pop(), base
         self._next_view += 1
+        fields = {"pid": client.pid, "started": started(client.pid), "base": base, "owner": client.owner}
+        self._launcher.ledger.note("register", view=client.view, **fields)
         # Answered when every worker knows the view: until then nobody would resolve its faults.
         self._launcher.pool.tell_all(
             _view(client),
@@ -205,21 +250,24 @@ class Clients:
                 return None
             raise
         client.blocks[first] = int(message["count"])
+        self._launcher.ledger.note("allocate", view=client.view, first=first, count=client.blocks[first])
         return {"first": first}
 
     def _take(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
         self._launcher.extents.take(int(message["first"]), int(message["count"]))
+        self._launcher.ledger.note("take", first=int(message["first"]), count=int(message["count"]))
         return {}
 
     def _free(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
         count = client.blocks.pop(int(message["first"]), None)
         if count is not None:
-            self._release(int(message["first"]), count)
+            self._release(client.view, int(message["first"]), count)
         return None
 
-    def _release(self, first: int, count: int) -> None:
+    def _release(self, view: int, first: int, count: int) -> None:
         """Pages go back to the pool only when their content is gone: the next owner must find zeros."""
         self._being_freed += 1
+        self._launcher.ledger.note("freeing", view=view, first=first, count=count)
 
         def done(reply: Message) -> None:
             self._being_freed -= 1
@@ -227,6 +275,7 @@ class Clients:
                 log.error("pages %d..%d are not given back: %s", first, first + count - 1, reply["error"])
             else:
                 self._launcher.extents.release(first, count)
+                self._launcher.ledger.note("freed", first=first, count=count)
             waiting, self._waiting_for_room = self._waiting_for_room, []
             for client, message in waiting:
                 try:
@@ -262,6 +311,7 @@ class Clients:
         def done(reply: Message) -> None:
             if "error" not in reply:
                 client.pins.append((wanted["first"], wanted["count"]))
+                self._launcher.ledger.note("pin", view=client.view, first=wanted["first"], count=wanted["count"])
             self.reply(client, _outcome(reply))
 
         self._launcher.pool.tell(self._launcher.pool.by_role("evictor"), wanted, done)
@@ -272,6 +322,7 @@ class Clients:
         if (wanted["first"], wanted["count"]) not in client.pins:
             raise RegionError("these pages were not pinned by this program")
         client.pins.remove((wanted["first"], wanted["count"]))
+        self._launcher.ledger.note("unpin", view=client.view, first=wanted["first"], count=wanted["count"])
         return self._forward(client, message, descriptors)
 
     def _stats(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
@@ -311,12 +362,13 @@ class Clients:
             self._launcher.pool.tell(evictor, {"op": "unpin", "first": first, "count": count}, lambda reply: None)
         client.pins.clear()
         for first, count in _merged(client.blocks):
-            self._release(first, count)
+            self._release(client.view, first, count)
         client.blocks.clear()
         if not client.view:
             then()
             return
         view, client.view = client.view, 0
+        self._launcher.ledger.note("detach", view=view)
 
         def removed(replies: list[Message]) -> None:
             # The launcher's is the last descriptor to go: while any is open, a thread that still faults freezes, and

@@ -9,6 +9,7 @@ of its own, by `dmh.open`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -27,15 +28,17 @@ from dmh.lspt.table import Bounds, Table
 from dmh.native import check, ffi, lib
 from dmh.observe.report import Snapshot
 from dmh.region.extents import Extents
-from dmh.service import requirements
+from dmh.service import adoption, requirements
+from dmh.service.adoption import Estate
 from dmh.service.channel import Channel, Message
 from dmh.service.clients import Client, Clients
-from dmh.service.paths import ServiceDirectory, control_socket, hold_alive
+from dmh.service.ledger import Ledger
+from dmh.service.paths import ServiceDirectory, control_socket, hold_alive, ledger_file
 from dmh.service.placement import Placement
 from dmh.service.pool import Pool, WorkerProcess
 from dmh.service.worker import Setup
 from dmh.store.base import StoreSpec
-from dmh.store.registry import spec_to_wire, store_class
+from dmh.store.registry import spec_from_wire, spec_to_wire, store_class
 
 log = logging.getLogger("dmh")
 
@@ -53,8 +56,10 @@ class Launcher:
         self.name = config.region.name
         self.id = secrets.token_hex(8)  # a program must not take a later service of this name for the same one
         self.region_fd = -1
+        self.directory: ServiceDirectory
         self.pool: Pool
         self.table: Table
+        self.ledger: Ledger
         self.extents = Extents(config.region.size // config.region.page_size)
         self.clients = Clients(self)
         self.failure: str | None = None
@@ -93,6 +98,8 @@ class Launcher:
         self.directory = ServiceDirectory(self.name)
         self._undo.callback(self.directory.remove)
         self._own(hold_alive(self.directory.path))
+        self.ledger = Ledger(ledger_file(self.directory.path), fresh=True)
+        self._undo.callback(self.ledger.close)
         spec = StoreSpec(config.store.url, self.name, secrets.token_bytes(16), page_size, pages, config.store.timeout)
         store = store_class(spec.url)
         store_fds = store.prepare(spec)
@@ -124,6 +131,10 @@ class Launcher:
             store=spec_to_wire(spec),
             retry={"timeout": config.store.timeout, "wait": config.store.on_failure == "wait"},
             log_level=log.getEffectiveLevel(),
+            service=self.id,
+            config=config.to_wire(),
+            began=self._began,
+            grace=config.service.grace,
         )
         self.pool = Pool(setup, [self.region_fd, table_fd, slots_fd, pipe[0], pipe[1]], store_fds)
         self._undo.callback(self.pool.stop)
@@ -132,6 +143,62 @@ class Launcher:
         for worker in self.pool.workers:
             self.watch(worker.channel, functools.partial(self._read_worker, worker))
         self._listen()
+
+    # ---- taking over
+
+    @classmethod
+    def adopt(cls, name: str) -> Launcher:
+        """A launcher for a service whose own has died: workers that live go on, the others are started again, and
+        programs come back to it by themselves.
+
+        Raises:
+            ServiceError: there is no such service, its launcher lives, or no worker is left.
+        """
+        directory = ServiceDirectory(name, adopt=True)
+        estate = adoption.meet(directory.path, name)
+        launcher = cls(estate.config)
+        try:
+            launcher._take_over(directory, estate)
+        except BaseException:
+            launcher._undo.pop_all()  # what works is left as it was found
+            raise
+        return launcher
+
+    def _take_over(self, directory: ServiceDirectory, estate: Estate) -> None:
+        setup = estate.setup
+        self.directory, self.id, self._began = directory, setup.service, setup.began
+        self._undo.callback(directory.remove)
+        self._own(hold_alive(directory.path))
+        self.ledger = Ledger(ledger_file(directory.path), fresh=False)
+        self._undo.callback(self.ledger.close)
+        spec = spec_from_wire(setup.store)
+        self._undo.callback(store_class(spec.url).remove, spec)
+        self._own(*estate.descriptors)
+        known = len(Setup.DESCRIPTORS)
+        self.region_fd, table_fd = estate.descriptors[:2]
+        self.table = Table(table_fd)
+        self._undo.callback(self.table.close)
+        setup = dataclasses.replace(setup, number=0, restarted=False, preamble=0)
+        self.pool = Pool(setup, estate.descriptors[:known], estate.descriptors[known:])
+        self._undo.callback(self.pool.stop)
+        strangers = self.clients.restore(self.ledger.state, estate.views)
+        self.pool.workers = estate.workers
+        for number in estate.missing:
+            lib.dmh_worker_gone(self.table.raw, number)
+            self.pool.fill(number, self.clients.views(), self.clients.pinned())
+        for worker in self.pool.workers:
+            self.watch(worker.channel, functools.partial(self._read_worker, worker))
+        self.clients.settle(strangers)
+        self._listen()
+        log.warning(
+            "took over %r: %d workers went on, %d were started again, %d programs", self.name,
+            len(estate.workers) - len(estate.missing), len(estate.missing), self.clients.attached,
+        )  # fmt: skip
+
+    def watch_programs(self) -> None:
+        """After `adopt`: programs that ended meanwhile are dropped, the others waited for."""
+        for client in list(self.clients.all):
+            self._watch_process(client)
 
     def _spin_us(self) -> int:
         """What the monitor is told: microseconds, 0 for never, -1 for as long as pays."""
@@ -147,6 +214,7 @@ class Launcher:
     def _listen(self) -> None:
         server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._undo.callback(server.close)
+        self.socket_path.unlink(missing_ok=True)  # a dead launcher's
         server.bind(str(self.socket_path))
         server.listen(64)
         server.setblocking(False)
@@ -166,7 +234,9 @@ class Launcher:
         """Serve until stopped."""
         while not self._stopping:
             for key, _ in self._selector.select():
-                key.data()
+                # One that a call before this one in the same round has ended is not asked any more.
+                if self._selector.get_map().get(key.fd) is key:
+                    key.data()
                 if self._stopping:
                     break
 

@@ -36,6 +36,16 @@ def control_socket(directory: Path) -> Path:
     return directory / "control.sock"
 
 
+def adoption_socket(directory: Path) -> Path:
+    """Where a launcher that takes over meets the workers of a dead one."""
+    return directory / "adopt.sock"
+
+
+def ledger_file(directory: Path) -> Path:
+    """Where the launcher writes down what its programs hold."""
+    return directory / "ledger"
+
+
 def alive_file(directory: Path) -> Path:
     """The file that every process of a service holds a shared lock on."""
     return directory / "alive"
@@ -59,11 +69,13 @@ def running_services() -> list[str]:
 
 
 class ServiceDirectory:
-    """The directory of a service that is being started, locked against a second one of the same name."""
+    """The directory of a service that is being started, or taken over, locked against a second one of the same name."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, adopt: bool = False) -> None:
         base = base_directory()
         self.path = service_directory(name)
+        if adopt and not self.path.is_dir():
+            raise ServiceError(f"there is no service named {name!r} to take over; `dmh stats` lists those that run")
         for directory in (base, self.path):
             directory.mkdir(mode=0o700, exist_ok=True)
             _check_private(directory)
@@ -75,12 +87,17 @@ class ServiceDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
+            if adopt:
+                raise ServiceError(
+                    f"the service {name!r} has a launcher that lives: there is nothing to take over"
+                ) from None
             raise ServiceError(
                 f"a service named {name!r} is already running: stop it, join it (dmh.attach({name!r})), or give "
                 "this one another "
                 f"name (region.name, or --set region.name=...)"
             ) from None
-        self._clear()
+        if not adopt:
+            self._clear()
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():

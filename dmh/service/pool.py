@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from dmh.errors import ServiceError
 from dmh.service.channel import Channel, Message, pair
@@ -46,13 +46,22 @@ View = tuple[Message, int]
 """What a worker is told of a program's mapping, and its userfaultfd."""
 
 
+class Process(Protocol):
+    """What is asked of a worker's process, which may be a child or one that was taken over."""
+
+    pid: int
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, as `subprocess.Popen.wait` gives it."""
+
+
 @dataclass(slots=True)
 class WorkerProcess:
     """One worker, as the launcher sees it.  A successor takes over its number and its unanswered requests."""
 
     role: str
     number: int
-    process: subprocess.Popen[bytes]
+    process: Process
     channel: Channel
     ready: bool = False
     waiting: dict[int, Request] = field(default_factory=dict)
@@ -115,21 +124,32 @@ class Pool:
         if status == -signal.SIGABRT or dead.failed_starts >= START_TRIES:
             raise ServiceError(f"{dead.name} ended unexpectedly ({how}); the service cannot go on without it")
         log.warning("%s ended unexpectedly (%s) and is started again", dead.name, how)
-        told: list[tuple[Message, list[int]]] = [(message, [uffd]) for message, uffd in views]
-        if dead.role == "evictor":
-            for run in range(0, len(pins), PINS_PER_MESSAGE):
-                told.append(({"op": "pins-in-force", "runs": pins[run : run + PINS_PER_MESSAGE]}, []))
-        worker = self._spawn(dead.role, dead.number, restarted=True, preamble=len(told))
+        worker = self._successor(dead.role, dead.number, views, pins)
         worker.failed_starts = 0 if dead.ready else dead.failed_starts + 1
         self.workers[self.workers.index(dead)] = worker
-        for message, descriptors in told:
-            _send(worker, message, descriptors)
         for number, request in dead.waiting.items():
             if request.message["op"] in RESTORED:
                 request.answer({})
             else:
                 worker.waiting[number] = request
                 _send(worker, request.message | {"id": number}, request.descriptors)
+        return worker
+
+    def fill(self, number: int, views: Sequence[View], pins: Sequence[tuple[int, int]]) -> None:
+        """A successor for a worker that died while there was no launcher."""
+        last = self._setup.resolvers + 1
+        role = "monitor" if number == 0 else "evictor" if number == last else "resolver"
+        self.workers.append(self._successor(role, number, views, pins))
+
+    def _successor(
+        self, role: str, number: int, views: Sequence[View], pins: Sequence[tuple[int, int]]
+    ) -> WorkerProcess:
+        told: list[tuple[Message, list[int]]] = [(message, [uffd]) for message, uffd in views]
+        if role == "evictor":
+            told += [(message, []) for message in pins_in_force(pins)]
+        worker = self._spawn(role, number, restarted=True, preamble=len(told))
+        for message, descriptors in told:
+            _send(worker, message, descriptors)
         return worker
 
     def wait_ready(self) -> None:
@@ -201,6 +221,15 @@ class Pool:
                 os.kill(worker.process.pid, signal.SIGKILL)
                 worker.process.wait()
             worker.channel.close()
+
+
+def pins_in_force(pins: Sequence[tuple[int, int]]) -> list[Message]:
+    """Every pin, in messages of a size that a socket carries; the last says so."""
+    starts = range(0, max(len(pins), 1), PINS_PER_MESSAGE)
+    return [
+        {"op": "pins-in-force", "runs": pins[start : start + PINS_PER_MESSAGE], "last": start == starts[-1]}
+        for start in starts
+    ]
 
 
 def _send(worker: WorkerProcess, message: Message, descriptors: Sequence[int] = ()) -> None:

@@ -23,7 +23,7 @@ def recover(worker: Worker, store: Store | None) -> None:
     if not worker.setup.restarted:
         return
     if worker.role == "evictor":
-        _restore_pins(worker)
+        restore_pins(worker)
     pipe = (worker.pipe_out, worker.pipe_in) if worker.role == "evictor" else (-1, -1)
     partial = np.empty(MOST, np.uint64)
     n = lib.dmh_recover(worker.context, *pipe, ffi.from_buffer("uint64_t[]", partial), MOST)
@@ -35,11 +35,12 @@ def recover(worker: Worker, store: Store | None) -> None:
     worker.log.warning("took the place of a worker that died")
 
 
-def _restore_pins(worker: Worker) -> None:
-    """The dead evictor may have died half-way through pinning: the launcher's word counts."""
+def restore_pins(worker: Worker) -> None:
+    """Pin what the launcher has said is pinned, and nothing else: the evictor may have died half-way through."""
     pins = np.zeros(worker.table.pages, np.uint8)
     for first, count in worker.pins_in_force:
         pins[first : first + count] += 1
+    worker.pins_in_force.clear()
     worker.table.pins[:] = pins
     worker.table.raw.pinned = int(np.count_nonzero(pins))
 

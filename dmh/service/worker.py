@@ -28,6 +28,7 @@ from dmh.errors import DmhError, ProtocolError, ServiceError
 from dmh.lspt.table import Table
 from dmh.native import check, ffi, lib
 from dmh.service.channel import Channel, Message, close_all
+from dmh.service.orphan import wait_for_launcher
 from dmh.service.paths import hold_alive
 from dmh.store.base import Store
 from dmh.store.registry import open_store, spec_from_wire
@@ -53,6 +54,14 @@ class Setup:
     store: dict[str, Any]
     retry: dict[str, Any]
     log_level: int
+    service: str
+    """The service's id, by which programs know it again."""
+    config: str
+    """Its whole configuration, for a launcher that takes over; holds the store's password, if its URL does."""
+    began: float
+    """When it started, by the monotonic clock."""
+    grace: float
+    """Seconds that a service without programs waits for a launcher that takes over."""
     cpus: list[int]
     follow: bool
     restarted: bool = False
@@ -73,6 +82,7 @@ class Worker:
         parser.add_argument("--control-fd", type=int, required=True)
         fd = parser.parse_args().control_fd
         self._launcher = os.getppid()
+        self.kind = role
         self.channel = Channel(socket.socket(fileno=fd))
         answer = self.channel.receive()
         if answer is None:
@@ -80,6 +90,9 @@ class Worker:
         message, descriptors = answer
         self.setup = Setup(**message["setup"])
         self._alive = hold_alive(Path(self.setup.directory))
+        # Kept for a launcher that takes over: what it started with is all in here, and in `programs`.
+        self.descriptors = [os.dup(fd) for fd in descriptors]
+        self.programs: dict[int, tuple[int, int, int]] = {}  # view -> process, base, userfaultfd
         known = len(Setup.DESCRIPTORS)
         self.region_fd, table_fd, self._slots_fd, self.pipe_out, self.pipe_in = descriptors[:known]
         self._store_fds = descriptors[known:]
@@ -186,6 +199,10 @@ class Worker:
             except ProtocolError as error:
                 self.log.error("%s", error)
                 continue
+            if received is None and (channel := wait_for_launcher(self)) is not None:
+                self.channel.close()
+                self.channel = channel
+                continue
             if received is None or received[0].get("op") == "stop":
                 self.orphaned = received is None
                 self.stopping.set()
@@ -209,9 +226,11 @@ class Worker:
             (uffd,) = descriptors
             result = lib.dmh_view_add(self.context, message["view"], uffd, message["base"], message["pid"], 0)
             check(result, "adding a view")
+            self.programs.setdefault(message["view"], (message["pid"], message["base"], uffd))
             return {}
         close_all(descriptors)
         if operation == "view-remove":
+            self.programs.pop(message["view"], None)
             lib.dmh_view_remove(self.context, message["view"])
             return {}
         if operation in self._handlers:
