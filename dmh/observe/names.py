@@ -37,6 +37,7 @@ COUNTERS: dict[str, str] = {
     "poisoned": "pages whose content was lost or failed its checksum: access raises SIGBUS",
     "intruded": "pages that something outside dmh had instantiated in the region, removed before installing",
     "refused": "messages on dmh's own sockets that were malformed and ignored",
+    "moves": "times the fault path followed the faulting thread to another processor",
 }
 """Counter name -> what it counts."""
 
