@@ -61,8 +61,10 @@ struct dmh_request {
     int32_t resolver;           /* what dmh_hand_over said of it; within the monitor only */
 };
 struct dmh_lane {
-    uint32_t awake;             /* it will look at the lane again without being told */
+    uint32_t awake;             /* it will look at the lane again, if need be after the bell */
+    uint32_t asleep;            /* it waits for the bell; otherwise it looks at head before it waits */
     uint32_t bell;              /* futex: rung after head has moved */
+    uint32_t unused;
     uint64_t head, tail;        /* head: written by the monitor; tail: by the resolver; head - tail <= 64 */
     struct dmh_request entry[64];
 };

@@ -12,6 +12,8 @@
 #define FARTHEST 64             /* pages; as MAX_STRIDE in prefetch/streams.py */
 #define QUIET_NS 20000000ull
 #define FOLLOW_NS 20000000ull
+#define LATE_NS 12000ull        /* the next fault of a thread on our own processor comes sooner, unless the thread computes */
+#define LATE_LOOK 8
 #define SPIN_MOST_NS 100000ull
 #define GAP_MOST_NS 1000000ull
 
@@ -98,17 +100,22 @@ static void run_on(struct dmh_shared *s, int cpu)
 }
 
 /* The processor that a thread runs, or ran last, on; -1 if it is gone. */
-static int processor_of(int pid, uint32_t thread)
+static int processor_of(struct dmh_ctx *c, int pid, uint32_t thread)
 {
-    char path[64], text[1024], *p;
-    snprintf(path, sizeof path, "/proc/%d/task/%u/stat", pid, thread);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
+    char text[1024], *p;
+    if (c->stat_thread != thread) {
+        char path[64];
+        if (c->stat_fd >= 0)
+            close(c->stat_fd);
+        snprintf(path, sizeof path, "/proc/%d/task/%u/stat", pid, thread);
+        c->stat_fd = open(path, O_RDONLY | O_CLOEXEC); /* kept open: that halves the cost of the next look */
+        c->stat_thread = thread;
+    }
+    ssize_t n = pread(c->stat_fd, text, sizeof text - 1, 0);
+    if (n <= 0) {
+        c->stat_thread = 0;
         return -1;
-    ssize_t n = read(fd, text, sizeof text - 1);
-    close(fd);
-    if (n <= 0)
-        return -1;
+    }
     text[n] = 0;
     p = strrchr(text, ')'); /* the name before it may hold anything */
     for (int field = 2; p && field < 39; field++)
@@ -118,21 +125,25 @@ static int processor_of(int pid, uint32_t thread)
 
 /*
  * Where cross-processor wake-ups are dear: while one thread alone faults, work on the processor that it has just left; it sleeps there until we
- * are done.  When several threads fault, run anywhere.
+ * are done.  When several threads fault, run anywhere.  The scheduler's balancer may take the thread elsewhere at any moment.  That shows in the
+ * time until its next fault, which then has two dear wake-ups in it; a few such in a row, and we look where it is.
  */
 static void follow(struct dmh_ctx *c, struct view *v, uint32_t thread, uint64_t now)
 {
     if (thread != c->followed_thread)
         c->other_threads++;
-    if (now < c->look_at_ns)
+    c->late = now - c->last_ns > LATE_NS ? c->late + 1 : 0;
+    if (now < c->look_at_ns && c->late < LATE_LOOK)
         return;
-    int cpu = c->other_threads > 2 ? -1 : processor_of(v->pid, thread);
+    int cpu = c->other_threads > 2 ? -1 : processor_of(c, v->pid, thread);
     c->look_at_ns = now + FOLLOW_NS;
+    c->late = 0;
     c->followed_thread = thread;
     c->other_threads = 0;
     if (cpu != c->followed_cpu) {
         c->followed_cpu = cpu;
         run_on(c->s, cpu);
+        count(c, DMH_C_MOVES, 1);
     }
 }
 
@@ -193,6 +204,8 @@ int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
     p->thread = r->thread;
     p->ns = r->ns;
     p->found[0] = 1;
+    if (c->worker)
+        ADD(&c->s->completed[c->worker], 1); /* what is left does not block: the next request may come here */
     if (dmh_install(c, p, c->page_buffer, 1))
         fprintf(stderr, "dmh[%d]: page %llu is lost: its stored bytes are missing or not the ones that were stored; access raises "
                 "SIGBUS\n", (int)getpid(), (unsigned long long)page);

@@ -164,7 +164,7 @@ struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_bas
     c->slots_base = slots_base;
     c->worker = worker;
     s->pids[worker] = (uint32_t)getpid();
-    c->epoll_fd = c->event_fd = c->store_fd = -1;
+    c->epoll_fd = c->event_fd = c->store_fd = c->stat_fd = -1;
     c->gap_ns = 1000000;
     return c;
 }

@@ -84,6 +84,9 @@ struct dmh_ctx {
     int follow, followed_cpu;   /* -1: nobody in particular, run anywhere */
     uint32_t followed_thread, other_threads;
     uint64_t look_at_ns;        /* when to look again where the thread runs */
+    uint32_t late;              /* faults in a row that came so late that it may run elsewhere */
+    int stat_fd;                /* /proc/.../stat of stat_thread; -1: none */
+    uint32_t stat_thread;
     uint64_t gap_ns;            /* the usual time from one message to the next, smoothed */
     uint64_t quiet_until_ns;    /* no spinning before: somebody else needed the processor */
 };

@@ -38,6 +38,7 @@ COUNTERS: dict[str, str] = {
     "intruded": "pages that something outside dmh had instantiated in the region, removed before installing",
     "restarts": "worker processes that took the place of dead ones",
     "refused": "messages on dmh's own sockets that were malformed and ignored",
+    "moves": "times the fault path followed the faulting thread to another processor",
 }
 """Counter name -> what it counts."""
 

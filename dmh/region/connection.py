@@ -120,7 +120,7 @@ def start_service(config: Config) -> Connection:
             [sys.executable, "-P", "-m", "dmh.service", "--ready-fd", str(ready_write), "--parent", str(os.getpid())],
             stdin=subprocess.PIPE,
             pass_fds=[ready_write],
-            start_new_session=True,  # a terminal's Ctrl-C is for the program; the service ends with it
+            process_group=0,  # a terminal's Ctrl-C is for the program; the service ends with it
         )
     finally:
         os.close(ready_write)

@@ -105,7 +105,10 @@ class Pool:
                 [sys.executable, "-P", "-m", f"workers.{role}", "--control-fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C is for the program, not for its pager
+                # A group of its own: a terminal's Ctrl-C is for the program, not for its pager.  Not a session of
+                # its own: the scheduler would put it into another autogroup, and switching between those costs a
+                # microsecond a fault.
+                process_group=0,
             )
         worker = WorkerProcess(role, number, process, channel)
         settings = asdict(replace(self._setup, number=number, **setup))
