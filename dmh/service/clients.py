@@ -139,6 +139,12 @@ class Clients:
         if client.view:
             close_all(descriptors)
             raise ProtocolError("this connection has a mapping already")
+        if self.attached >= self._launcher.most_programs:
+            close_all(descriptors)
+            raise ServiceError(
+                f"{self.attached} programs use this service, and it has descriptors for no more: start it with a "
+                "larger `ulimit -n`"
+            )
         client.view, client.base, client.uffd = self._next_view, int(message["base"]), uffd
         self._next_view += 1
         # Answered when every worker knows the view: until then nobody would resolve its faults.

@@ -15,7 +15,6 @@ import logging
 import os
 import secrets
 import selectors
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +27,9 @@ from dmh.native import check, ffi, lib
 from dmh.observe.report import Snapshot
 from dmh.region.extents import Extents
 from dmh.service import requirements
-from dmh.service.channel import Channel, Message
+from dmh.service.channel import Message
 from dmh.service.clients import Client, Clients
+from dmh.service.listener import Listener
 from dmh.service.paths import ServiceDirectory, control_socket
 from dmh.service.placement import Placement
 from dmh.service.pool import Pool, WorkerProcess
@@ -58,6 +58,7 @@ class Launcher:
         self.table: Table
         self.extents = Extents(config.region.size // config.region.page_size)
         self.clients = Clients(self)
+        self.most_programs = 0
         self.failure: str | None = None
         self.on_detach: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
@@ -90,7 +91,7 @@ class Launcher:
     def _start(self) -> None:
         config, limits = self.config, self.limits
         page_size, pages = config.region.page_size, config.region.size // config.region.page_size
-        requirements.check(config)
+        self.most_programs = requirements.check(config)
         self.directory = ServiceDirectory(self.name)
         self._undo.callback(self.directory.remove)
         spec = StoreSpec(config.store.url, self.name, secrets.token_bytes(16), page_size, pages, config.store.timeout)
@@ -145,12 +146,9 @@ class Launcher:
             self._undo.callback(os.close, fd)
 
     def _listen(self) -> None:
-        server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._undo.callback(server.close)
-        server.bind(str(self.socket_path))
-        server.listen(64)
-        server.setblocking(False)
-        self.watch(server, lambda: self._accept(server))
+        listener = Listener(self.socket_path)
+        self._undo.callback(listener.close)
+        self.watch(listener, lambda: self._accept(listener))
 
     # ---- the loop
 
@@ -175,17 +173,18 @@ class Launcher:
         self._before_end.append(then)
         self._stopping = True
 
-    def _accept(self, server: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError):
-            connection, _ = server.accept()
-            client = self.clients.accept(Channel(connection))
-            if client:
-                self.watch(client.channel, lambda: self._read_client(client))
-                self._watch_process(client)
-
-    def _watch_process(self, client: Client) -> None:
-        # A child that a program forked may hold its connection open after the program has died.
-        client.pidfd = self._when_dead(client.pid, lambda: self._drop(client))
+    def _accept(self, listener: Listener) -> None:
+        channel = listener.accept()
+        client = self.clients.accept(channel) if channel else None
+        if client is None:
+            return
+        self.watch(client.channel, lambda: self._read_client(client))
+        try:
+            # A child that a program forked may hold its connection open after the program has died.
+            client.pidfd = self._when_dead(client.pid, lambda: self._drop(client))
+        except OSError as error:
+            log.error("process %d is turned away: it cannot be watched (%s)", client.pid, error.strerror)
+            self._drop(client)
 
     def end_with(self, pid: int) -> None:
         """Stop when the process `pid` has ended."""
