@@ -48,12 +48,15 @@ class ServiceDirectory:
         base = base_directory()
         self.path = service_directory(name)
         for directory in (base, self.path):
-            directory.mkdir(mode=0o700, exist_ok=True)
+            _make(directory)
             _check_private(directory)
         # A Unix socket's address holds 107 bytes; the longest name in the directory is resolver-NN.sock.
         if len(os.fsencode(self.path)) > 85:
             raise ServiceError(f"{self.path} is too long for a socket's address: choose a shorter region.name")
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise _unusable(self.path / "lock", error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,6 +79,19 @@ class ServiceDirectory:
         (self.path / "lock").unlink(missing_ok=True)
         self.path.rmdir()
         os.close(self._lock)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise _unusable(directory, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> ServiceError:
+    return ServiceError(
+        f"{path} cannot be made: {error.strerror}; make room, or set XDG_RUNTIME_DIR to a directory of yours"
+    )
 
 
 def _check_private(directory: Path) -> None:

@@ -15,7 +15,7 @@ import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dmh.config import Config, Limits, format_size
+from dmh.config import Config, Limits, about, format_size
 from dmh.errors import KernelError, ServiceError
 from dmh.machine import kernel, limits, memory
 from dmh.native import lib
@@ -80,14 +80,6 @@ class Need:
             f"{self.what}: {self.show(self.needed)} needed ({self.of}), {self.show(self.available)} {self.bound}: "
             f"{self.show(self.missing)}{exact} missing; {self.mend}"
         )
-
-
-def about(size: int) -> str:
-    """Bytes for people."""
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (MIB, "MiB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{-(-size // 1024):,} KiB"
 
 
 def check(config: Config) -> int:
