@@ -57,6 +57,13 @@ def _tasks_of(uid: int, proc: Path) -> int:
     return total
 
 
+def setting(name: str, proc: Path = PROC) -> int:
+    """A number in /proc/sys; 0 where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((proc / "sys" / name).read_text())
+    return 0
+
+
 def pipe_bytes(wanted: int) -> int:
     """How large a pipe this user gets now when `wanted` bytes are asked for."""
     ends = ffi.new("int[2]")

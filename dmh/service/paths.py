@@ -49,10 +49,8 @@ class ServiceDirectory:
         self.path = service_directory(name)
         for directory in (base, self.path):
             _make(directory)
-            _check_private(directory)
-        # A Unix socket's address holds 107 bytes; the longest name in the directory is resolver-NN.sock.
-        if len(os.fsencode(self.path)) > 85:
-            raise ServiceError(f"{self.path} is too long for a socket's address: choose a shorter region.name")
+            check_private(directory)
+        check_length(self.path)
         try:
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
@@ -94,7 +92,14 @@ def _unusable(path: Path, error: OSError) -> ServiceError:
     )
 
 
-def _check_private(directory: Path) -> None:
+def check_length(directory: Path) -> None:
+    """Refuse a directory whose sockets would have too long a name."""
+    # A Unix socket's address holds 107 bytes; the longest name in the directory is resolver-NN.sock.
+    if len(os.fsencode(directory)) > 85:
+        raise ServiceError(f"{directory} is too long for a socket's address: choose a shorter region.name")
+
+
+def check_private(directory: Path) -> None:
     """Refuse a directory that somebody else made or may enter: /tmp is everybody's."""
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -73,6 +73,13 @@ class Need:
         """An amount with its unit."""
         return f"{amount:,} {self.unit}" if self.unit else about(amount)
 
+    def summary(self) -> str:
+        """What is needed of what there is, for people."""
+        needed = self.show(self.needed)
+        return (
+            f"{needed} of {self.show(self.available)}" if self.available < limits.UNLIMITED else f"{needed}, no bound"
+        )
+
     def refusal(self) -> str:
         """The message for a start that cannot be."""
         exact = "" if self.unit else f" ({self.missing:,} bytes)"
@@ -101,8 +108,8 @@ def check(config: Config) -> int:
 def check_kernel(page_size: int) -> None:
     """Refuse a kernel, or a user, that dmh cannot work with; warn of one that it can only half work with."""
     found = kernel.userfaultfd()
-    for problem in kernel_problems(found, page_size):
-        raise KernelError(problem)
+    for problem, mend in kernel_problems(found, page_size):
+        raise KernelError(f"{problem}: {mend}")
     if not found.kernel_faults:
         log.warning(
             "only user-mode faults can be watched: system calls on absent pages (file.readinto(array), os.write, "
@@ -111,25 +118,25 @@ def check_kernel(page_size: int) -> None:
         )
 
 
-def kernel_problems(found: kernel.Userfaultfd, page_size: int) -> Iterator[str]:
-    """What of the kernel, or of this user's rights, makes dmh impossible here."""
+def kernel_problems(found: kernel.Userfaultfd, page_size: int) -> Iterator[tuple[str, str]]:
+    """What of the kernel, or of this user's rights, makes dmh impossible here, and the mend of each."""
     if not found.how and found.error in (errno.EPERM, errno.EACCES):
-        yield f"this user may not use userfaultfd: {USERFAULTFD_MEND}"
+        yield "this user may not use userfaultfd", USERFAULTFD_MEND
     elif not found.how or found.lacking:
         lacking = ", ".join(found.lacking) or os.strerror(found.error)
         yield (
-            f"this kernel has no userfaultfd that can watch shared memory (lacking: {lacking}): Linux 5.7 or newer is "
-            "needed, built with CONFIG_USERFAULTFD"
+            f"this kernel has no userfaultfd that can watch shared memory ({lacking})",
+            "Linux 5.7 or newer is needed, built with CONFIG_USERFAULTFD",
         )
     if error := kernel.capture_error(page_size):
         yield (
-            "this kernel cannot capture pages atomically (splice from a memfd, then punch: "
-            f"{os.strerror(error)}); dmh would lose writes here"
+            f"this kernel cannot capture pages atomically (splice from a memfd, then punch: {os.strerror(error)})",
+            "another kernel is needed; dmh would lose writes on this one",
         )
     if kernel.forced_huge_pages():
         yield (
-            "transparent huge pages are forced for shared memory, which destroys data when pages are punched: "
-            f"write `never` or `advise` to {kernel.SHMEM_ENABLED}"
+            "transparent huge pages are forced for shared memory, which destroys data when pages are punched",
+            f"write `never` or `advise` to {kernel.SHMEM_ENABLED}",
         )
 
 
