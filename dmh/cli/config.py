@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dmh.config import Config, Limits, config_schema, format_duration, format_size, load, without_password
+from dmh.config import Config, Limits, about, config_schema, format_duration, format_size, load, without_password
 from dmh.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _rows(config: Config) -> Iterator[tuple[str, str, str]]:
     page_size = config.region.page_size
 
     def pages(count: int) -> str:
-        return f"{count:,} pages = {_about(count * page_size)}"
+        return f"{count:,} pages = {about(count * page_size)}"
 
     meanings = {
         "region.size": pages(config.region.size // page_size),
@@ -94,13 +94,3 @@ def _rows(config: Config) -> Iterator[tuple[str, str, str]]:
             else:
                 text = str(value)
             yield setting, text, meanings.get(setting, "")
-
-
-def _about(size: int) -> str:
-    """A size to four digits or so, for reading only."""
-    unit, count = "KiB", size / 1024
-    for larger in ("MiB", "GiB", "TiB"):
-        if count < 1024:
-            break
-        unit, count = larger, count / 1024
-    return f"{count:.4g} {unit}"

@@ -18,7 +18,7 @@ from dmh.config.model import (
     WorkersConfig,
     config_schema,
 )
-from dmh.config.quantity import Amount, format_duration, format_size, parse_duration, parse_size
+from dmh.config.quantity import Amount, about, format_duration, format_size, parse_duration, parse_size
 from dmh.config.storeurl import store_schemes, without_password
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "RegionConfig",
     "StoreConfig",
     "WorkersConfig",
+    "about",
     "config_schema",
     "format_duration",
     "format_size",

@@ -95,6 +95,16 @@ def format_size(size: int) -> str:
     return f"{size}B"
 
 
+def about(size: int) -> str:
+    """A size to four digits or so, for reading only."""
+    unit, count = "KiB", size / KIB
+    for larger in ("MiB", "GiB", "TiB"):
+        if count < 1024:
+            break
+        unit, count = larger, count / 1024
+    return f"{count:.4g} {unit}"
+
+
 def parse_duration(value: object) -> float:
     """Seconds, from a number of seconds or from text with a unit (ms, s, min, h).
 

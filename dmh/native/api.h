@@ -128,6 +128,8 @@ int      dmh_unmap(void *base, uint64_t bytes);
 int      dmh_seal_mapping(void *base, uint64_t bytes);
 int      dmh_guard_mapping(void *base, uint64_t bytes);
 int      dmh_region_create(const char *name, uint64_t bytes);
+int      dmh_probe_uffd(int kind, uint64_t wanted, uint64_t *features);
+int      dmh_probe_mseal(void);
 int      dmh_touch(void *base, uint64_t bytes, uint64_t step);
 
 /* A process's table of the mappings that can fault: applications' and its own. */

@@ -13,7 +13,7 @@ int dmh_pipe(int *fds, uint64_t wanted)
 {
     if (pipe2(fds, O_CLOEXEC | O_NONBLOCK) < 0)
         return -errno;
-    for (uint64_t size = wanted; size > DMH_KERNEL_PAGE; size /= 2)
+    for (uint64_t size = wanted; size >= DMH_KERNEL_PAGE; size /= 2)
         if (fcntl(fds[1], F_SETPIPE_SZ, (int)size) >= 0)
             break;
     return dmh_pipe_bytes(fds[1]);

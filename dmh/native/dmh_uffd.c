@@ -31,22 +31,30 @@
 struct poison_request { struct uffdio_range range; uint64_t mode; int64_t updated; };
 #define IOC_POISON _IOWR(UFFDIO, 0x08, struct poison_request)
 
+int uffd_open_as(int kind)
+{
+    int fd;
+    if (kind == DMH_UFFD_DEVICE) {
+        int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+        if (device < 0)
+            return -errno;
+        fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+        int e = errno;
+        close(device);
+        errno = e;
+    } else {
+        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | (kind == DMH_UFFD_USER_ONLY ? UFFD_USER_MODE_ONLY : 0));
+    }
+    return fd < 0 ? -errno : fd;
+}
+
 static int open_one(int *how)
 {
-    int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-    if (device >= 0) {
-        int fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
-        close(device);
-        if (fd >= 0)
-            return *how = DMH_UFFD_DEVICE, fd;
-    }
-    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (fd >= 0)
-        return *how = DMH_UFFD_SYSCALL, fd;
-    fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
-    if (fd >= 0)
-        return *how = DMH_UFFD_USER_ONLY, fd;
-    return -errno;
+    int fd = -1;
+    for (*how = DMH_UFFD_DEVICE; *how <= DMH_UFFD_USER_ONLY; ++*how)
+        if ((fd = uffd_open_as(*how)) >= 0)
+            break;
+    return fd;
 }
 
 /* A userfaultfd of this process that can watch shared memory; *features: what the kernel offers. */

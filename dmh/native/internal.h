@@ -167,6 +167,7 @@ void drain(int pipe_out);
 void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t bytes, const uint32_t *slots);
 void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uint64_t moved, uint64_t bytes, const uint32_t *slots,
               struct dmh_journal *journal);
+int uffd_open_as(int kind); /* DMH_UFFD_...; a descriptor, or -errno */
 int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word);
 void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, uint32_t thread);
 void note_latency(struct dmh_ctx *c, uint64_t since_ns);

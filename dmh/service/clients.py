@@ -223,6 +223,11 @@ class Clients:
     def _register(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
         if client.view:
             raise ProtocolError("this connection has a mapping already")
+        if self.attached >= self._launcher.most_programs:
+            raise ServiceError(
+                f"{self.attached} programs use this service, and it has descriptors for no more: start it with a "
+                "larger `ulimit -n`"
+            )
         base = int(message["base"])
         check_userfaultfd(descriptors[0], base, self._launcher.config.region.size)
         client.view, client.uffd, client.base = self._next_view, descriptors.pop(), base

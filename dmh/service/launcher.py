@@ -16,7 +16,6 @@ import logging
 import os
 import secrets
 import selectors
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +29,10 @@ from dmh.observe.report import Snapshot
 from dmh.region.extents import Extents
 from dmh.service import adoption, requirements
 from dmh.service.adoption import Estate
-from dmh.service.channel import Channel, Message
+from dmh.service.channel import Message
 from dmh.service.clients import Client, Clients
 from dmh.service.ledger import Ledger
+from dmh.service.listener import Listener
 from dmh.service.paths import ServiceDirectory, control_socket, hold_alive, ledger_file
 from dmh.service.placement import Placement
 from dmh.service.pool import Pool, WorkerProcess
@@ -62,6 +62,7 @@ class Launcher:
         self.ledger: Ledger
         self.extents = Extents(config.region.size // config.region.page_size)
         self.clients = Clients(self)
+        self.most_programs = 0
         self.failure: str | None = None
         self.on_detach: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
@@ -94,7 +95,7 @@ class Launcher:
     def _start(self) -> None:
         config, limits = self.config, self.limits
         page_size, pages = config.region.page_size, config.region.size // config.region.page_size
-        requirements.check(config)
+        self.most_programs = requirements.check(config)
         self.directory = ServiceDirectory(self.name)
         self._undo.callback(self.directory.remove)
         self._own(hold_alive(self.directory.path))
@@ -167,6 +168,7 @@ class Launcher:
     def _take_over(self, directory: ServiceDirectory, estate: Estate) -> None:
         setup = estate.setup
         self.directory, self.id, self._began = directory, setup.service, setup.began
+        self.most_programs = requirements.most_programs(setup.resolvers)
         self._undo.callback(directory.remove)
         self._own(hold_alive(directory.path))
         self.ledger = Ledger(ledger_file(directory.path), fresh=False)
@@ -212,13 +214,10 @@ class Launcher:
             self._undo.callback(os.close, fd)
 
     def _listen(self) -> None:
-        server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._undo.callback(server.close)
         self.socket_path.unlink(missing_ok=True)  # a dead launcher's
-        server.bind(str(self.socket_path))
-        server.listen(64)
-        server.setblocking(False)
-        self.watch(server, lambda: self._accept(server))
+        listener = Listener(self.socket_path)
+        self._undo.callback(listener.close)
+        self.watch(listener, lambda: self._accept(listener))
 
     # ---- the loop
 
@@ -245,18 +244,21 @@ class Launcher:
         self._before_end.append(then)
         self._stopping = True
 
-    def _accept(self, server: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError):
-            connection, _ = server.accept()
-            channel = Channel(connection)
-            client = self.clients.accept(channel)
-            if client:
-                self.watch(channel, lambda: self._read_client(client))
-                self._watch_process(client)
+    def _accept(self, listener: Listener) -> None:
+        channel = listener.accept()
+        client = self.clients.accept(channel) if channel else None
+        if client is None:
+            return
+        self.watch(channel, lambda: self._read_client(client))
+        self._watch_process(client)
 
     def _watch_process(self, client: Client) -> None:
-        # A child that a program forked may hold its connection open after the program has died.
-        client.pidfd = self._when_dead(client.pid, lambda: self._drop(client))
+        try:
+            # A child that a program forked may hold its connection open after the program has died.
+            client.pidfd = self._when_dead(client.pid, lambda: self._drop(client))
+        except OSError as error:
+            log.error("process %d is turned away: it cannot be watched (%s)", client.pid, error.strerror)
+            self._drop(client)
 
     def end_with(self, pid: int) -> None:
         """Stop when the process `pid` has ended."""

@@ -77,12 +77,13 @@ class ServiceDirectory:
         if adopt and not self.path.is_dir():
             raise ServiceError(f"there is no service named {name!r} to take over; `dmh stats` lists those that run")
         for directory in (base, self.path):
-            directory.mkdir(mode=0o700, exist_ok=True)
-            _check_private(directory)
-        # A Unix socket's address holds 107 bytes; the longest name in the directory is resolver-NN.sock.
-        if len(os.fsencode(self.path)) > 85:
-            raise ServiceError(f"{self.path} is too long for a socket's address: choose a shorter region.name")
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            _make(directory)
+            check_private(directory)
+        check_length(self.path)
+        try:
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise _unusable(self.path / "lock", error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -112,7 +113,27 @@ class ServiceDirectory:
         os.close(self._lock)
 
 
-def _check_private(directory: Path) -> None:
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise _unusable(directory, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> ServiceError:
+    return ServiceError(
+        f"{path} cannot be made: {error.strerror}; make room, or set XDG_RUNTIME_DIR to a directory of yours"
+    )
+
+
+def check_length(directory: Path) -> None:
+    """Refuse a directory whose sockets would have too long a name."""
+    # A Unix socket's address holds 107 bytes; the longest name in the directory is resolver-NN.sock.
+    if len(os.fsencode(directory)) > 85:
+        raise ServiceError(f"{directory} is too long for a socket's address: choose a shorter region.name")
+
+
+def check_private(directory: Path) -> None:
     """Refuse a directory that somebody else made or may enter: /tmp is everybody's."""
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from dmh.config import about
 from dmh.errors import StoreError
 from dmh.store.base import StoreSpec
 from dmh.store.paged_file import PagedFile
@@ -92,10 +93,11 @@ class FileStore(PagedFile):
         disk = os.statvfs(path.parent)
         needed, free = spec.pages * spec.page_size, disk.f_bavail * disk.f_frsize
         if needed > free:
+            missing = needed - free
             raise StoreError(
-                f"the disk of {path} has {free / 2**30:.1f} GiB free, and a region of {needed / 2**30:.1f} GiB may "
-                "fill all of it: "
-                f"make region.size smaller, or put store.url on a larger disk",
+                f"the disk of {path} has {about(free)} free, and a region of {about(needed)} may fill all of it: "
+                f"{about(missing)} ({missing:,} bytes) missing; make region.size smaller, or put store.url on a larger "
+                "disk",
                 region=spec.region,
             )
 

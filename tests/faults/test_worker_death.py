@@ -236,8 +236,8 @@ def test_random_kills(open_region: OpenRegion, tmp_path: Path) -> None:
     region = open_region(*LIMITS, "workers.resolvers=3", f"store.url=file:{tmp_path}/pages")
     program, rng = Program(region), random.Random(3)
     with inside(region) as look:
-        deaths, end = 0, time.monotonic() + 8
-        while time.monotonic() < end:
+        deaths = 0
+        while deaths < 25:
             pid = int(look.table.raw.pids[rng.randrange(5)])
             if pid:
                 os.kill(pid, signal.SIGKILL)
@@ -250,4 +250,3 @@ def test_random_kills(open_region: OpenRegion, tmp_path: Path) -> None:
         region.evict()
         look.validate()
         program.check()
-        assert deaths > 20

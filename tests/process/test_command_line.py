@@ -256,7 +256,7 @@ class TestServe:
         (["memory.high=0.5", "memory.low=0.6"], "memory.low"),
         (["region.size=1PiB", "memory.limit=1GiB"], "region.size"),
         (["region.size=16TiB", "memory.limit=1GiB"], "disk"),
-        (["memory.limit=3TiB", "region.size=4TiB", "store.url='memory:'"], "memory in all"),
+        (["memory.limit=3TiB", "region.size=4TiB", "store.url='memory:'"], "missing"),
         (["region.sise=1MiB"], "region.size"),
     ],
 )
@@ -285,8 +285,8 @@ def test_a_user_who_may_not_use_userfaultfd_is_told_what_to_do(tmp_path: Path) -
     ):
         pytest.skip("everybody may use userfaultfd here")
     code = (
-        "import os, logging; logging.basicConfig(); from dmh.service.requirements import probe_kernel; os.setgroups([]); os.setgid(65534);"
-        " os.setuid(65534); probe_kernel(4096)"
+        "import os, logging; logging.basicConfig(); from dmh.service.requirements import check_kernel; os.setgroups([]); os.setgid(65534);"
+        " os.setuid(65534); check_kernel(4096)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     # The kernel still allows user-mode faults: a warning that says what breaks, and the mend.
