@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             print(problem, file=sys.stderr)
         return 2
     for setting, value, meaning in _rows(config):
-        print(f"{setting:<20}{value:<24}{meaning}".rstrip())
+        print(f"{setting:<24}{value:<24}{meaning}".rstrip())
     print(f"{args.file}: OK")
     return 0
 
@@ -78,12 +78,13 @@ def _rows(config: Config) -> Iterator[tuple[str, str, str]]:
         "prefetch.window": f"{pages(limits.window)} ahead at most",
     }
     sizes = {"region.size", "region.page_size", "memory.limit"}
+    durations = {"store.timeout", "service.grace", "service.grace_launcher"}
     for section_name, section in config:
         for key, value in section:
             setting = f"{section_name}.{key}"
             if setting in sizes:
                 text = format_size(value)
-            elif setting == "store.timeout":
+            elif setting in durations:
                 text = format_duration(value)
             elif setting == "store.url":
                 text = without_password(value)

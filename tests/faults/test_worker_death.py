@@ -189,18 +189,53 @@ class TestAWorkerThatDies:
             look.validate()
 
 
-def test_a_page_that_was_given_up_stays_given_up(open_region: OpenRegion) -> None:
-    """A claim on a new page must not lead back to what the store once had of it."""
+def test_a_page_of_zeros_does_not_become_what_it_was(open_region: OpenRegion) -> None:
+    """A claim on a page that is all zeros must not lead back to what the store still has of it."""
     region = open_region(*LIMITS, "workers.inline=false", "prefetch.enabled=false")
-    a = region.empty((64, 512), "u8")
-    a[:] = 7
-    region.evict(a)
-    region.discard(a)
+    a = region.empty((8, 512), "u8")
+    for value in (7, 0):
+        a[:] = value
+        region.evict(a)
     with inside(region) as look:
         killer = Killer(look, "claimed")
         assert not a[5].any()
         killer.join()
     assert not a.any()
+
+
+def test_the_rest_of_a_page_that_was_partly_there(open_region: OpenRegion) -> None:
+    """Zeros for a new page, the slot's bytes for one from the victim buffer, the store's for a stored one."""
+    limits = ("region.size=8MiB", "region.page_size=64KiB", "memory.limit=2MiB", "evictor.buffer=8 pages")
+    region = open_region(*limits, "evictor.policy=idle-walk", "prefetch.enabled=false")
+    words = region.page_size // 8
+    a = region.empty((8, words), "u8")
+    with inside(region) as look:
+        for expected, state in ((0, State.NEW), (3, State.STORED), (4, State.STAGED)):
+            page = region.offset_of(a) // region.page_size + state
+            if expected:
+                a[state] = expected
+                region.evict(a)
+            if state is State.STAGED:
+                stage(region, look, page)
+            assert look.table.state(page) is state
+            killer = Killer(look, "copied_partly")
+            assert a[state, 0] == expected
+            killer.join()
+            a[state, 1] = 9
+            assert a[state, 1] == 9
+            assert (a[state, 2:] == expected).all()
+        look.validate()
+
+
+def stage(region: dmh.Region, look: Inside, page: int) -> None:
+    """Have LPET mark a page: moved to the victim buffer, and not looked at again."""
+    others = region.empty((48, region.page_size // 8), "u8")
+    _ = region.buf[page * region.page_size + 8192]
+    for other in others:
+        if look.table.state(page) is State.STAGED:
+            return
+        other[:] = 1
+        wait_until(lambda: not look.table.raw.rung_at, "LPET has run")
 
 
 def test_pins_outlive_the_evictor(open_region: OpenRegion) -> None:

@@ -318,7 +318,7 @@ def test_the_largest_region() -> None:
 
 def test_unknown_sections() -> None:
     told = problems(MINIMAL + "wrokers: {resolvers: 900}\nlimit: 5\nmemory.limit: 5\nzzz:\n1: 2\n")
-    allowed = "allowed sections: region, memory, workers, evictor, prefetch, store"
+    allowed = "allowed sections: region, memory, workers, evictor, prefetch, store, service"
     assert told == [
         f"c.yaml:7: wrokers: unknown section, did you mean workers? {allowed}",
         f"c.yaml:8: limit: unknown section, did you mean memory.limit? {allowed}",

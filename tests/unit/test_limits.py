@@ -235,7 +235,7 @@ def test_valid_settings_are_accepted_and_rounded_as_stated(
         return least if exact(written) < least else exact(written)
 
     assume(exact(low) < exact(high))
-    limits = Limits.of(config(limit_bytes, page_size=page_size, high=high, low=low, buffer=buffer))
+    limits = Limits.of(config(limit_bytes, size=1 << 42, page_size=page_size, high=high, low=low, buffer=buffer))
     limits.validate()
     assert limits.limit == limit
     for pages, written, least in ((limits.high, high, 2), (limits.buffer, buffer, 1)):
