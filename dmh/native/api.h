@@ -225,3 +225,22 @@ void     dmh_time_touch(uint8_t *base, const uint64_t *offsets, uint64_t n, int 
 uint64_t dmh_sum_words(const uint8_t *base, uint64_t bytes);
 int      dmh_floor_handler(int uffd, uint64_t page_size, int stop_fd, int spin);
 int      dmh_pin_cpu(int cpu);
+
+/* ---- the workload of `dmh stress` ---- */
+
+/* What one thread has of the pages: words lane, lane + lanes, ... of each. */
+struct dmh_stress {
+    uint8_t *base;
+    uint16_t *versions;         /* the shadow, one for each word of the lane, a row a page: how often it was written */
+    uint64_t first, pages;      /* number of the first page within the region; how many */
+    uint64_t page_size, seed, random;
+    uint32_t lanes, lane;
+    int32_t scratch_fd;         /* a file for system calls to move words through; -1: none */
+    uint32_t wrong;             /* out: 1 where a word was not what it had to be; the rest says which */
+    uint64_t wrong_page, wrong_word, wrong_version, expected, got, again;
+    uint64_t older;             /* out: what was read is so many versions old; 0: it is none of them */
+    uint64_t done, page;        /* for the watchdog: operations, and the page that is being touched */
+    uint64_t longest_ns;        /* out: the longest that one operation took */
+};
+int      dmh_stress_run(struct dmh_stress *s, uint64_t operations);
+int      dmh_stress_verify(struct dmh_stress *s, uint64_t from, uint64_t n);

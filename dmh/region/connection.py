@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dmh import errors
 from dmh.config import Config
@@ -105,20 +105,34 @@ class Connection:
             self._lock.release()
         return True
 
-    def close(self) -> None:
-        """Hang up; a launcher that was started for this connection ends, and is waited for."""
+    def close(self, patience: float | None = None) -> bool:
+        """Hang up; a launcher that was started for this connection ends, and is waited for.
+
+        False where it has not within `patience` seconds; it is killed then.
+        """
         self.channel.close()
-        if self._launcher is not None:
+        if self._launcher is None:
+            return True
+        try:
+            self._launcher.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._launcher.kill()
             self._launcher.wait()
+            return False
+        return True
 
 
-def start_service(config: Config) -> Connection:
-    """A service of this process's own: a launcher process that ends with the connection."""
+def start_service(config: Config, log: IO[bytes] | None = None) -> Connection:
+    """A service of this process's own: a launcher process that ends with the connection.
+
+    What its processes have to say goes to `log`, or to this process's standard error.
+    """
     ready_read, ready_write = os.pipe()
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "dmh.service", "--ready-fd", str(ready_write), "--parent", str(os.getpid())],
             stdin=subprocess.PIPE,
+            stderr=log,
             pass_fds=[ready_write],
             process_group=0,  # a terminal's Ctrl-C is for the program; the service ends with it
         )

@@ -1,0 +1,134 @@
+"""A running service as seen from outside: its processes, its table, its memory, its descriptors.
+
+Reads /proc and the shared table only.  Asks the service nothing, because a question would wait for a worker that has
+just been killed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+from dmh.errors import ServiceError
+from dmh.lspt.table import Table
+
+
+class Look:
+    """The service whose launcher is a given process.
+
+    Attributes:
+        launcher: process id.
+        table: its shared table.
+        seen: every process that ever belonged to the service, with the time it started (a pid may be used again).
+    """
+
+    def __init__(self, launcher: int) -> None:
+        self.launcher = launcher
+        self._fds = {name: self._open(f"/memfd:dmh-{name} ") for name in ("lspt", "region", "victims")}
+        self.table = Table(self._fds["lspt"])
+        self.seen: dict[int, int] = {}
+        self.remember()
+
+    def _open(self, memfd: str) -> int:
+        for link in Path(f"/proc/{self.launcher}/fd").iterdir():
+            if os.readlink(link).startswith(memfd):
+                return os.open(link, os.O_RDWR | os.O_CLOEXEC)
+        raise ServiceError(f"process {self.launcher} has no {memfd.strip()}: it is no launcher of this version of dmh")
+
+    def close(self) -> None:
+        """Let go of the table and the memory."""
+        self.table.close()
+        for fd in self._fds.values():
+            os.close(fd)
+
+    # ---- processes
+
+    def workers(self) -> dict[int, int]:
+        """Worker number -> process id, of those that have one now."""
+        pids = self.table.raw.pids
+        return {number: int(pids[number]) for number in range(self.table.workers) if pids[number]}
+
+    def role(self, number: int) -> str:
+        """What the worker of this number does."""
+        return {0: "monitor", self.table.workers - 1: "evictor"}.get(number, "resolver")
+
+    def remember(self) -> None:
+        """Note every process that belongs to the service now."""
+        for pid in [self.launcher, *self._children()]:
+            if pid not in self.seen and (started := started_at(pid)):
+                self.seen[pid] = started
+
+    def left(self) -> list[int]:
+        """Of the processes ever seen, those that are still there."""
+        return [pid for pid, started in self.seen.items() if started_at(pid) == started]
+
+    def dead_children(self) -> int:
+        """Workers that have ended and that nobody has waited for."""
+        return sum(_state(pid) == "Z" for pid in self._children())
+
+    def _children(self) -> list[int]:
+        try:
+            return [
+                int(pid) for pid in Path(f"/proc/{self.launcher}/task/{self.launcher}/children").read_text().split()
+            ]
+        except OSError:
+            return []
+
+    def settled(self) -> bool:
+        """Every worker is there, and has been for a second: long enough to have taken its place."""
+        pids = self.workers()
+        return len(pids) == self.table.workers and all(age(pid) > 1.0 for pid in pids.values())
+
+    # ---- what it holds
+
+    def descriptors(self) -> dict[str, Counter[str]]:
+        """Process ("launcher", "monitor", "resolver 1", ...) -> kind of descriptor -> how many it has open."""
+        names = {f"{self.role(number)} {number}": pid for number, pid in self.workers().items()}
+        return {name: kinds_of(pid) for name, pid in {"launcher": self.launcher, **names}.items()}
+
+    def memory(self) -> int:
+        """Bytes that the kernel has given to the region and to the victim buffer."""
+        return sum(os.fstat(self._fds[name]).st_blocks * 512 for name in ("region", "victims"))
+
+    def page(self, number: int) -> str:
+        """A page's state, for a message."""
+        word = self.table.word(number)
+        return f"page {number} is {word.state.name}, worker {word.worker}, generation {word.generation}"
+
+
+def kinds_of(pid: int) -> Counter[str]:
+    """The descriptors of a process, by what they refer to; sockets and pipes lose their numbers."""
+    kinds: Counter[str] = Counter()
+    try:
+        links = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return kinds
+    for link in links:
+        try:
+            kinds[os.readlink(link).partition(":[")[0]] += 1
+        except OSError:
+            continue  # closed meanwhile
+    return kinds
+
+
+def started_at(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 where there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0
+
+
+def age(pid: int) -> float:
+    """Seconds since a process started; 0 where there is none."""
+    started = started_at(pid)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK") if started else 0.0
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
