@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from dmh.cli.signals import terminable, undisturbed
 from dmh.config import Config, format_size, load, loads, parse_size, without_password
 from dmh.demo.display import Display
 from dmh.demo.progress import Job, Progress
@@ -90,7 +91,7 @@ def _seed(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """0 if every byte was right, 1 if not, 130 after Ctrl-C."""
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_terminable())
+        undo.enter_context(terminable())
         config, size, page_file = settings(args)
         if page_file is not None:
             undo.callback(_remove, page_file)
@@ -252,7 +253,7 @@ def _service(config: Config) -> Iterator[tuple[Connection, int]]:
         finally:
             os.close(region_fd)
     finally:
-        with _undisturbed():
+        with undisturbed():
             connection.close()
 
 
@@ -268,7 +269,7 @@ def _program(config: Config, job: Job) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield program
     finally:
-        with _undisturbed():
+        with undisturbed():
             program.kill()
             program.communicate()
 
@@ -305,33 +306,3 @@ def _counters(connection: Connection) -> dict[str, int]:
     except ServiceError as error:
         raise ServiceError(f"the service failed while the demo ran; its own message stands above ({error})") from error
     return Snapshot.from_wire(answer["stats"]).counters
-
-
-# ---- signals
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the demo as Ctrl-C does: through the context managers."""
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C does not break the clearing up of the first; it takes a moment only."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dmh.cli.demo import page_file_directory
+from dmh.cli.signals import terminable
 from dmh.config import Config, Limits, about, load, loads, parse_duration, parse_size
 from dmh.errors import ConfigError
 from dmh.machine.kernel import userfaultfd
@@ -71,7 +72,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--processes", type=_count, default=2, metavar="N", help="programs (default 2)")
     parser.add_argument("--threads", type=_count, default=2, metavar="N", help="threads of each (default 2)")
     parser.add_argument(
-        "--kill-rate", type=_rate, default=0.0, metavar="R", help="SIGKILLs of workers a second, on average (default 0)"
+        "--kill-rate",
+        type=_rate,
+        default=0.0,
+        metavar="R",
+        help="SIGKILLs of workers a second, on average, while half of them are up (default 0)",
     )
     parser.add_argument(
         "--kill-store", action="store_true", help="kill and pause the store's server now and then (with --store redis)"
@@ -124,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kill_store and not own_server:
         raise ConfigError(["--kill-store kills only a server that it has started itself: add --store redis"])
     with contextlib.ExitStack() as undo:
+        undo.enter_context(terminable())
         server = undo.enter_context(Server()) if own_server else None
         directory = Path(
             undo.enter_context(tempfile.TemporaryDirectory(prefix="dmh-stress-", dir=page_file_directory(0)))

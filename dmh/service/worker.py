@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,11 @@ class Worker:
         lib.dmh_view_add(self.context, OWN_VIEW, uffd, int(ffi.cast("uintptr_t", base)), os.getpid(), 1)
 
     def open_store(self) -> Store:
-        """This process's store object, with retries as the configuration has them."""
-        store = open_store(spec_from_wire(self.setup.store), self._store_fds)
+        """This process's store object.  A worker that is started again while the store is away waits for it: without
+        one it could do nothing, and ending would only use up its tries.
+        """
+        spec = spec_from_wire(self.setup.store)
+        store = replace(self.retry(), wait=True).call("opening the store", lambda: open_store(spec, self._store_fds))
         self._store_fds = []
         return store
 

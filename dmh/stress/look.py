@@ -7,12 +7,17 @@ just been killed.
 from __future__ import annotations
 
 import os
-import time
+import re
 from collections import Counter
 from pathlib import Path
 
 from dmh.errors import ServiceError
 from dmh.lspt.table import Table
+from dmh.native import lib
+from dmh.observe.names import CELLS
+
+LATER = Counter({"/proc/N/task/N/stat": 1})
+"""Descriptors that a worker may open while it works: the monitor looks at the thread that it follows."""
 
 
 class Look:
@@ -54,6 +59,10 @@ class Look:
         """What the worker of this number does."""
         return {0: "monitor", self.table.workers - 1: "evictor"}.get(number, "resolver")
 
+    def successors(self, number: int) -> int:
+        """How often a worker of this number has taken the place of a dead one, and set right what that one left."""
+        return int(lib.dmh_counters_of(self.table.raw, number).cell[CELLS["restarts"]])
+
     def remember(self) -> None:
         """Note every process that belongs to the service now."""
         for pid in [self.launcher, *self._children()]:
@@ -76,11 +85,6 @@ class Look:
         except OSError:
             return []
 
-    def settled(self) -> bool:
-        """Every worker is there, and has been for a second: long enough to have taken its place."""
-        pids = self.workers()
-        return len(pids) == self.table.workers and all(age(pid) > 1.0 for pid in pids.values())
-
     # ---- what it holds
 
     def descriptors(self) -> dict[str, Counter[str]]:
@@ -99,7 +103,7 @@ class Look:
 
 
 def kinds_of(pid: int) -> Counter[str]:
-    """The descriptors of a process, by what they refer to; sockets and pipes lose their numbers."""
+    """The descriptors of a process, by what they refer to; numbers (of sockets, pipes, processes) do not count."""
     kinds: Counter[str] = Counter()
     try:
         links = list(Path(f"/proc/{pid}/fd").iterdir())
@@ -107,7 +111,7 @@ def kinds_of(pid: int) -> Counter[str]:
         return kinds
     for link in links:
         try:
-            kinds[os.readlink(link).partition(":[")[0]] += 1
+            kinds[re.sub(r"\d+", "N", os.readlink(link))] += 1
         except OSError:
             continue  # closed meanwhile
     return kinds
@@ -119,12 +123,6 @@ def started_at(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
         return 0
-
-
-def age(pid: int) -> float:
-    """Seconds since a process started; 0 where there is none."""
-    started = started_at(pid)
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK") if started else 0.0
 
 
 def _state(pid: int) -> str:

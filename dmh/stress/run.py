@@ -30,7 +30,7 @@ from dmh.region.connection import Connection, start_service
 from dmh.service.clients import PROTOCOL
 from dmh.service.paths import SOCKET_VARIABLE, control_socket, service_directory
 from dmh.stress.killer import Store, Workers
-from dmh.stress.look import Look, kinds_of
+from dmh.stress.look import LATER, Look, kinds_of
 from dmh.stress.plan import Plan
 from dmh.stress.server import Server
 from dmh.stress.verdict import Verdict, wrong_word
@@ -163,7 +163,7 @@ class Run:
         if store:
             store.give_back()
         self.verdict.kills = workers.kills + (store.kills if store else Counter())
-        if fine and self._settles():
+        if fine and self._settles(workers):
             self._compare(at_start)
             fine = self._all_reach("verified", "verifying every word")
         self.verdict.operations = sum(program.operations for program in self.programs)
@@ -218,15 +218,16 @@ class Run:
             self._selector.unregister(program.process.stdout)  # type: ignore[arg-type]
             verdict.ended.append(f"ended: program {program.number}, {program.how_it_ended()}")
 
-    def _settles(self) -> bool:
+    def _settles(self, workers: Workers) -> bool:
         """Wait until every worker that was killed has its successor."""
         self.phase = "settling"
-        deadline = time.monotonic() + max(SETTLE_SECONDS, self.plan.patience)
-        while not self.look.settled():
+        deadline = time.monotonic() + self.plan.patience
+        while not workers.all_up():
             if not self._turn():
                 return False
             if time.monotonic() > deadline:
-                self.verdict.hangs.append(f"hang: of the workers, only {sorted(self.look.workers())} are there")
+                down = [self.look.role(n) for n in range(self.look.table.workers) if not workers.is_up(n)]
+                self.verdict.hangs.append(f"hang: no successor for {', '.join(down)}")
                 return False
         return True
 
@@ -245,7 +246,7 @@ class Run:
         return [
             f"leak: {name} has {more} more of {kind} open than at the start"
             for name, before in at_start.items()
-            for kind, more in (at_end.get(name, Counter()) - before).items()
+            for kind, more in (at_end.get(name, Counter()) - (before | LATER)).items()
         ] + ([f"leak: {dead} dead workers that the launcher has not waited for"] if dead else [])
 
     # ---- processes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -54,7 +54,9 @@ class Verdict:
 
     def to_wire(self) -> dict[str, Any]:
         """A JSON-able form."""
-        return {"ok": not self.problems, **asdict(self)}
+        # asdict would make counters of pairs of them.
+        counted = {"asked": dict(self.asked), "kills": dict(self.kills)}
+        return {"ok": not self.problems, **asdict(replace(self, asked=Counter(), kills=Counter())), **counted}
 
 
 def wrong_word(lane: int, found: dict[str, int]) -> str:
