@@ -76,7 +76,7 @@ def add_parser(commands: Any) -> None:
         type=_rate,
         default=0.0,
         metavar="R",
-        help="SIGKILLs of workers a second, on average, while half of them are up (default 0)",
+        help="SIGKILLs of workers a second, while half of them are up (default 0)",
     )
     parser.add_argument(
         "--kill-store", action="store_true", help="kill and pause the store's server now and then (with --store redis)"
