@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dmh.bench import latency, stream
+from dmh.bench import latency, random_access, stream, threads
 from dmh.bench.rows import Row
 from dmh.bench.subject import Options
 from dmh.config import parse_size
@@ -20,6 +20,9 @@ from dmh.config import parse_size
 BENCHMARKS: dict[str, Callable[[Options, Callable[[str], None]], list[Row]]] = {
     "latency": latency.run,
     "stream": stream.run,
+    "random": random_access.run_random,
+    "zipf": random_access.run_zipf,
+    "threads": threads.run,
 }
 
 
@@ -75,14 +78,22 @@ def run(args: argparse.Namespace) -> int:
 def show(rows: list[Row]) -> None:
     """A table for people."""
     table = Table(box=None, padding=(0, 2))
+    reasons: dict[str, list[str]] = {}
     for heading in ("benchmark", "case", "subject", "metric"):
         table.add_column(heading)
-    for heading in ("median", "p99", "runs", "ratio"):
+    for heading in ("median", "p99", "spread", "runs"):
         table.add_column(heading, justify="right")
+    table.add_column("ratio")
     for row in rows:
+        what = row.benchmark, row.case, row.subject, f"{row.metric}, {row.unit}"
+        if row.median is None or row.p99 is None:
+            reasons.setdefault(f"{row.subject}: {row.note}", []).append(f"{row.benchmark} {row.case}")
+            continue
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x {row.baseline}"
-        metric = f"{row.metric}, {row.unit}"
-        table.add_row(
-            row.benchmark, row.case, row.subject, metric, f"{row.median:,.2f}", f"{row.p99:,.2f}", str(row.runs), ratio
-        )
-    Console(soft_wrap=True).print(table)
+        table.add_row(*what, f"{row.median:,.2f}", f"{row.p99:,.2f}", f"{row.spread:.0%}", str(row.runs), ratio)
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width; cells must not be cut
+    console.print(table)
+    for reason, where in reasons.items():
+        console.print(f"not measured, {', '.join(dict.fromkeys(where))}: {reason}", highlight=False)
