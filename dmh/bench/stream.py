@@ -25,21 +25,19 @@ from dmh.bench.words import MASK, total
 LIMIT = 64 << 20
 
 SUBJECTS = ("floor-pager", "dmh", "dmh-pool", "mmap", "swap")
-NUMPY_SUBJECTS = ("memmap", "dmh", "dmh-pool")
+CASES = ("read", "update", "triad", "numpy sum", "numpy update")
+NUMPY_NAMES = {"dmh": "dmh", "dmh-pool": "dmh-pool", "mmap": "memmap"}
+"""Subjects of NumPy's cases, and what they are called there: what is mapped is a numpy.memmap."""
 
 
 def run(options: Options, progress: Progress) -> list[Row]:
     """Rows of every case."""
     limit = options.limit_or(LIMIT)
     rows: list[Row] = []
-    for names, baseline, cases in (
-        (SUBJECTS, "floor-pager", ("read", "update", "triad")),
-        (NUMPY_SUBJECTS, "memmap", ("numpy sum", "numpy update")),
-    ):
-        with contest(options, 4 * limit, limit, names, lambda text: progress(f"stream: {text}")) as entered:
-            states = {name: _Expected(4 * limit // 8) for name in entered.subjects}
-            for case in cases:
-                rows += _case(options, entered, states, case, baseline, progress)
+    with contest(options, 4 * limit, limit, SUBJECTS, lambda text: progress(f"stream: {text}")) as entered:
+        states = {name: _Expected(4 * limit // 8) for name in entered.subjects}
+        for case in CASES:
+            rows += _case(options, entered, states, case, progress)
     return rows
 
 
@@ -58,9 +56,8 @@ class _Expected:
         return total(third, 2 * third) + added & MASK, total(2 * third, 3 * third) + added & MASK
 
 
-def _case(
-    options: Options, entered: Contest, states: dict[str, _Expected], case: str, baseline: str, progress: Progress
-) -> list[Row]:
+def _case(options: Options, entered: Contest, states: dict[str, _Expected], case: str, progress: Progress) -> list[Row]:
+    names = NUMPY_NAMES if case.startswith("numpy") else {name: name for name in SUBJECTS}
     size = next(iter(states.values())).words * 8
     third = len(work.thirds(np.empty(size // 8, np.uint64))[0])
     touched = third * 3 * 8 if case == "triad" else size
@@ -82,16 +79,20 @@ def _case(
         return np.array([touched / seconds / 1e6])
 
     results = interleave(
-        {name: partial(one, name) for name in entered.subjects},
+        {shown: partial(one, name) for name, shown in names.items() if name in entered.subjects},
         options.runs,
         lambda text: progress(f"stream {case}: {text}"),
     )
-    for name, subject in entered.subjects.items():
-        progress(f"stream {case}: verifying {name}")
-        _verify_written(name, subject.call(work.read)[1], states[name], third, triad=case == "triad")
+    for name in names:
+        if name in entered.subjects:
+            progress(f"stream {case}: verifying {name}")
+            found = entered.subjects[name].call(work.read)[1]
+            _verify_written(name, found, states[name], third, triad=case == "triad")
+    missing = {names[name]: why for name, why in entered.missing.items() if name in names}
+    baseline = "memmap" if names is NUMPY_NAMES else "floor-pager"
     per_page = {name: [options.page_size / samples for samples in runs] for name, runs in results.items()}
-    return summarize("stream", case, "time a page", "µs", per_page, baseline, missing=entered.missing) + summarize(
-        "stream", case, "throughput", "MB/s", results, baseline, rate=True, missing=entered.missing
+    return summarize("stream", case, "time a page", "µs", per_page, baseline, missing=missing) + summarize(
+        "stream", case, "throughput", "MB/s", results, baseline, rate=True, missing=missing
     )
 
 
