@@ -12,7 +12,6 @@ reads nothing ahead here.
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -152,8 +151,7 @@ class _Latency:
                 array = region.empty(self.size // 8, "u8")
                 fill(array)
                 subjects[name] = partial(self._evicted, name, region, array)
-            mapped = stack.enter_context(MappedFile(self.size * APART, None, mmap.MADV_NOHUGEPAGE))
-            mapped.call(work.fill_all)
+            mapped = stack.enter_context(MappedFile(self.size * APART, None))
             subjects["mmap"] = lambda: self._again("mmap", mapped, mapped.remap, APART)
             return self._rows("stored", subjects, "floor-pager") + rows
 

@@ -9,6 +9,7 @@ allocates itself.  Owns that process and its protocol: (function, arguments) one
 
 from __future__ import annotations
 
+import io
 import mmap
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from dmh.bench.cgroup import memory_group
+from dmh.bench.words import CHUNK, value
 from dmh.bench.work import Memory
 from dmh.errors import DmhError
 
@@ -70,7 +72,7 @@ class _Child:
 
 
 class MappedFile(_Child):
-    """A file of `size` bytes under /var/tmp.
+    """A file of `size` bytes under /var/tmp that holds what `words.fill` writes.
 
     Args:
         limit: bytes of memory for its pages; None: as many as the machine has.
@@ -80,13 +82,16 @@ class MappedFile(_Child):
     def __init__(self, size: int, limit: int | None, advice: int = mmap.MADV_NORMAL) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="dmh-bench-", dir="/var/tmp")
         path = Path(self._directory.name) / "mapped"
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        with path.open("wb", buffering=0) as file:
+            _write(file, size)
         try:
             super().__init__(size, limit, str(path), advice)
         except BaseException:
             self._directory.cleanup()
             raise
+
+        if limit:
+            self.cold()  # pages that this process has cached are charged to it, not to the group
 
     def remap(self) -> None:
         """Map the file anew: nothing is mapped, what is cached stays cached."""
@@ -147,6 +152,16 @@ def _serve(connection: Connection, path: str | None, size: int, procs: Path | No
         except Exception as error:
             answer = None, error
         connection.send(answer)
+
+
+def _write(file: io.RawIOBase, size: int) -> None:
+    """Page by page: so the page cache has single pages, not large runs that one fault maps at once."""
+    content = np.empty(CHUNK, np.uint64)
+    for first in range(0, size // 8, CHUNK):
+        np.copyto(content, value(np.arange(first, first + CHUNK, dtype=np.uint64)))
+        part = content.view(np.uint8)[: size - 8 * first].data
+        for at in range(0, len(part), mmap.PAGESIZE):
+            file.write(part[at : at + mmap.PAGESIZE])
 
 
 def _drop_cache(path: str) -> None:

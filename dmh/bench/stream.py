@@ -59,7 +59,7 @@ class _Expected:
 def _case(options: Options, entered: Contest, states: dict[str, _Expected], case: str, progress: Progress) -> list[Row]:
     names = NUMPY_NAMES if case.startswith("numpy") else {name: name for name in SUBJECTS}
     size = next(iter(states.values())).words * 8
-    third = len(work.thirds(np.empty(size // 8, np.uint64))[0])
+    third = work.third_of(size // 8)
     touched = third * 3 * 8 if case == "triad" else size
 
     def one(name: str) -> Samples:

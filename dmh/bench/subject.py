@@ -164,8 +164,6 @@ def _enter(
         return swapped
     mapped = MappedFile(size, limit, mmap.MADV_RANDOM if name == "mmap-random" else mmap.MADV_NORMAL)
     stack.callback(mapped.close)
-    mapped.call(fill_all)
-    mapped.cold()
     return mapped
 
 

@@ -20,7 +20,7 @@ from dmh.bench.subject import Here, Options, Subject, service, verify
 from dmh.bench.words import fill, value
 from dmh.errors import KernelError
 
-PAGES, QUICK_PAGES = 16_000, 200
+PAGES, QUICK_PAGES = 8_000, 200
 THREADS = (1, 2, 4, 8, 16)
 
 

@@ -57,16 +57,16 @@ def update(memory: Memory) -> Found:
 
 def triad(memory: Memory, factor: int) -> Found:
     """a = b + factor * c over the thirds of the memory; finds what it wrote."""
-    a, b, c = thirds(memory.words)
+    n = third_of(len(memory.words))
+    a, b, c = (memory.words[i * n : (i + 1) * n] for i in range(3))
     began = time.perf_counter()
     found = lib.dmh_triad_words(address(a), address(b), address(c), factor, a.nbytes)
     return time.perf_counter() - began, found
 
 
-def thirds(words: Words) -> tuple[Words, Words, Words]:
-    """Three arrays of equal length, each beginning at a whole 2 MiB: no two share a page."""
-    n = len(words) // 3 & ~((1 << 18) - 1) or len(words) // 3 & ~511
-    return words[:n], words[n : 2 * n], words[2 * n : 3 * n]
+def third_of(words: int) -> int:
+    """The length of each of the triad's arrays: whole 2 MiB where there are some, so that no two share a page."""
+    return words // 3 & ~((1 << 18) - 1) or words // 3 & ~511
 
 
 def numpy_sum(memory: Memory) -> Found:

@@ -184,8 +184,6 @@ class TestGroup:
             pytest.skip(str(error))
         assert not group.exists()
         with MappedFile(size, limit) as mapped:
-            mapped.call(work.fill_all)
-            mapped.cold()
             assert mapped.call(work.read)[1] == total(0, size // 8)
             (group,) = group.parent.glob(f"dmh-bench-{os.getpid()}-*")
             usage = [path for name in ("memory.max_usage_in_bytes", "memory.peak") if (path := group / name).exists()]
