@@ -39,29 +39,33 @@ Turn = Callable[[], Samples]
 
 def run(options: Options, progress: Progress) -> list[Row]:
     """Rows of every case."""
-    bench = _Latency(options, progress)
-    return bench.zero() + bench.soft() + bench.stored()
+    with ExitStack() as stack:
+        bench = _Latency(options, progress, stack)
+        return bench.zero() + bench.soft() + bench.stored()
 
 
 class _Latency:
-    """The cases, and what they share: an order of pages, and a look at what was touched."""
+    """The cases, and what they share: the floor, two services, an order of pages, a look at what was touched."""
 
-    def __init__(self, options: Options, progress: Progress) -> None:
+    def __init__(self, options: Options, progress: Progress, stack: ExitStack) -> None:
         self.options, self._progress = options, progress
         self.pages = QUICK_PAGES if options.quick else PAGES
         self.words = options.page_size // 8
         self.size = self.pages * options.page_size
         self._generator = np.random.default_rng(1)
+        self._stack = stack
+        self._floor_handler = stack.enter_context(Floor(self.pages, options.page_size))
+        # Room for everything, twice: nothing is evicted, and the zero case gets new pages while the old ones are being
+        # given back.
+        room = 8 * self.size
+        self._regions = {
+            name: stack.enter_context(service(options, size=room, limit=room // 2, inline=inline, prefetch=False))
+            for name, inline in (("dmh", True), ("dmh-pool", False))
+        }
 
     def order(self) -> Words:
         """The first word of every page, in an order of its own."""
         return self._generator.permutation(self.pages).astype(np.uint64) * np.uint64(self.words)
-
-    def _region(self, stack: ExitStack, *, inline: bool) -> Region:
-        # Room for everything, twice: nothing is evicted, and the zero case gets new pages while the old ones are being
-        # given back.
-        room = 8 * self.size
-        return stack.enter_context(service(self.options, size=room, limit=room // 2, inline=inline, prefetch=False))
 
     def _rows(self, case: str, subjects: dict[str, Turn], baseline: str) -> list[Row]:
         results = interleave(subjects, self.options.runs, lambda text: self._progress(f"latency {case}: {text}"))
@@ -71,15 +75,12 @@ class _Latency:
 
     def zero(self) -> list[Row]:
         """A new page."""
-        with ExitStack() as stack:
-            floor = stack.enter_context(Floor(self.pages, self.options.page_size))
-            subjects: dict[str, Turn] = {"floor": lambda: self._floor(floor)}
-            for name, inline in (("dmh", True), ("dmh-pool", False)):
-                region = self._region(stack, inline=inline)
-                subjects[name] = partial(self._new, name, region)
-            return self._rows("zero", subjects, "floor")
+        subjects: dict[str, Turn] = {"floor": self._floor}
+        subjects |= {name: partial(self._new, name, region) for name, region in self._regions.items()}
+        return self._rows("zero", subjects, "floor")
 
-    def _floor(self, floor: Floor) -> Samples:
+    def _floor(self) -> Samples:
+        floor = self._floor_handler
         floor.empty()
         times = floor.call(work.touch, self.order())
         verify("floor", int(floor.memory.words[:: self.words].sum()), int.from_bytes([FILLING] * 8) * self.pages & MASK)
@@ -104,13 +105,10 @@ class _Latency:
             f"memory.low={2 * slots - 4} pages",
         ]
         limit = 4 * slots * self.options.page_size
-        with ExitStack() as stack:
-            floor = stack.enter_context(Floor(self.pages, self.options.page_size))
-            region = stack.enter_context(service(self.options, size=2 * limit, limit=limit, prefetch=False, more=more))
+        with service(self.options, size=2 * limit, limit=limit, prefetch=False, more=more) as region:
+            subjects: dict[str, Turn] = {"floor": self._floor, "dmh": partial(self._soft, region, slots)}
             try:
-                return self._rows(
-                    "soft", {"floor": lambda: self._floor(floor), "dmh": lambda: self._soft(region, slots)}, "floor"
-                )
+                return self._rows("soft", subjects, "floor")
             except _NotSoftError as error:
                 return [not_measured("latency", "soft", "dmh", METRIC, UNIT, str(error))]
 
@@ -139,21 +137,19 @@ class _Latency:
     def stored(self) -> list[Row]:
         """A page that the store has."""
         rows: list[Row] = []
-        with ExitStack() as stack:
-            subjects: dict[str, Turn] = {}
-            try:
-                pager = stack.enter_context(FloorPager(self.size, self.options.page_size, self.size))
-                subjects["floor-pager"] = lambda: self._again("floor-pager", pager, pager.empty)
-            except KernelError as error:
-                rows.append(not_measured("latency", "stored", "floor-pager", METRIC, UNIT, str(error)))
-            for name, inline in (("dmh", True), ("dmh-pool", False)):
-                region = self._region(stack, inline=inline)
-                array = region.empty(self.size // 8, "u8")
-                fill(array)
-                subjects[name] = partial(self._evicted, name, region, array)
-            mapped = stack.enter_context(MappedFile(self.size * APART, None))
-            subjects["mmap"] = lambda: self._again("mmap", mapped, mapped.remap, APART)
-            return self._rows("stored", subjects, "floor-pager") + rows
+        subjects: dict[str, Turn] = {}
+        try:
+            pager = self._stack.enter_context(FloorPager(self.size, self.options.page_size, self.size))
+            subjects["floor-pager"] = partial(self._again, "floor-pager", pager, pager.empty)
+        except KernelError as error:
+            rows.append(not_measured("latency", "stored", "floor-pager", METRIC, UNIT, str(error)))
+        for name, region in self._regions.items():
+            array = region.empty(self.size // 8, "u8")
+            fill(array)
+            subjects[name] = partial(self._evicted, name, region, array)
+        mapped = self._stack.enter_context(MappedFile(self.size * APART, None))
+        subjects["mmap"] = partial(self._again, "mmap", mapped, mapped.remap, APART)
+        return self._rows("stored", subjects, "floor-pager") + rows
 
     def _evicted(self, name: str, region: Region, array: npt.NDArray[np.uint64]) -> Samples:
         return self._again(name, Here(work.Memory(array)), lambda: region.evict(array))
