@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import io
 import mmap
-import multiprocessing
 import os
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -39,19 +41,22 @@ class _Child:
         self._stack = ExitStack()
         with ExitStack() as undo:
             procs = undo.enter_context(memory_group(limit + ALLOWANCE)) if limit else None
-            context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, path, size, procs, advice), daemon=True)
-            self._process.start()
+            ours, theirs = socket.socketpair()
+            words = [theirs.fileno(), size, advice, path or "", procs or ""]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from dmh.bench import mapped; mapped.main()", *map(str, words)],
+                pass_fds=[theirs.fileno()],
+            )
             theirs.close()
+            self._connection = Connection(ours.detach())
             self._stack = undo.pop_all()
 
     def call(self, work: Callable[..., T], *args: Any) -> T:
         """``work(memory, *args)`` in the process."""
-        self._connection.send((work, args))
         try:
+            self._connection.send((work, args))
             result, error = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise DmhError("the process that has the mapping was ended, by the limit of its cgroup perhaps") from None
         if error is not None:
             raise error
@@ -61,7 +66,7 @@ class _Child:
     def close(self) -> None:
         """End the process; then its group can go."""
         self._connection.close()
-        self._process.join()
+        self._process.wait()
         self._stack.close()
 
     def __enter__(self) -> Self:
@@ -130,9 +135,15 @@ def _drop(memory: Memory) -> None:
     """See `_remap`."""
 
 
-def _serve(connection: Connection, path: str | None, size: int, procs: Path | None, advice: int) -> None:
-    if procs is not None:
-        procs.write_text(str(os.getpid()))
+def main() -> None:
+    """The process that has the mapping: number of the socket, size, advice, file, file of the group to join."""
+    number, size, advice, path, procs = (int(word) if word.isdigit() else word for word in sys.argv[1:])
+    if procs:
+        Path(str(procs)).write_text(str(os.getpid()))
+    _serve(Connection(int(number)), str(path), int(size), int(advice))
+
+
+def _serve(connection: Connection, path: str, size: int, advice: int) -> None:
     memory = _map(path, size, advice)
     while True:
         try:
@@ -141,7 +152,7 @@ def _serve(connection: Connection, path: str | None, size: int, procs: Path | No
             return
         answer: tuple[Any, Exception | None]
         try:
-            if work in (_remap, _drop) and path is not None:
+            if work in (_remap, _drop):
                 del memory
                 if work is _drop:
                     _drop_cache(path)
@@ -170,8 +181,8 @@ def _drop_cache(path: str) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _map(path: str | None, size: int, advice: int) -> Memory:
-    if path is None:
+def _map(path: str, size: int, advice: int) -> Memory:
+    if not path:
         return Memory(np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint64))
     if advice == mmap.MADV_NORMAL:
         return Memory(np.memmap(path, np.uint64, "r+"))
