@@ -3,12 +3,14 @@
     MappedFile   a file, mapped as numpy.memmap maps it; what does not fit is read again from the disk
     Swapped      anonymous memory; what does not fit goes to the machine's swap
 
-The process joins its group when it has started, so that the limit is for what it maps, plus `ALLOWANCE` for what it
-allocates itself.  Owns that process and its protocol: (function, arguments) one way, (result, error) the other.
+The process joins its group when it has loaded what it needs, so that the limit is for what it maps, plus `ALLOWANCE`
+for what it allocates itself.  Owns that process and its protocol: (function, arguments) one way, (result, error) the
+other.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import mmap
 import os
@@ -139,6 +141,8 @@ def main() -> None:
     """The process that has the mapping: number of the socket, size, advice, file, file of the group to join."""
     number, size, advice, path, procs = (int(word) if word.isdigit() else word for word in sys.argv[1:])
     if procs:
+        # What the process loads for itself is not what the limit is for.
+        importlib.import_module("dmh.bench.apps").load()
         Path(str(procs)).write_text(str(os.getpid()))
     _serve(Connection(int(number)), str(path), int(size), int(advice))
 
