@@ -13,7 +13,7 @@ all: $(VENV)/installed
 # Editable, so that the tests run on this tree; again whenever the native module's sources have changed.
 $(VENV)/installed: pyproject.toml setup.py $(filter-out dmh/native/generated.h dmh/native/_dmh.c,$(NATIVE))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
 	touch $@
 
 demo: $(VENV)/installed

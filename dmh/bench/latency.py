@@ -1,109 +1,168 @@
-"""One fault at a time, nothing evicted: what a thread waits for a page.
+"""One fault at a time, in random order, nothing evicted: what a thread waits for a page.
 
-    zero   a page that is touched for the first time
-    soft   a page that is still in the victim buffer             (dmh only: nobody else has one)
-    store  a page that the store has, in random order
+    zero     a page that is touched for the first time
+    soft     a page that is still in the victim buffer             (dmh only: nobody else has one)
+    stored   a page that the store has; its file is warm in the page cache
 
-The floor is the minimal C handler in another process (`dmh.bench.floor`), on a memfd, as dmh's region is.  `memmap`
-is numpy.memmap of a file in the page cache: the kernel's own fault on the same machine.
+The baseline of the first two is the floor handler, which only copies; that of `stored` is the floor pager, which reads
+the page from its file first.  `mmap` is a mapped file in the page cache, mapped anew before each run, under no limit:
+the kernel's own fault on the same machine; its pages lie 64 KiB apart, because one fault maps the neighbours too.  dmh
+reads nothing ahead here.
 """
 
 from __future__ import annotations
 
-import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from dmh.bench.floor import Floor
-from dmh.bench.rows import Row, Samples, interleave, summarize
-from dmh.bench.subject import MismatchError, Options, address, service, stamp, touch
+from dmh.bench import work
+from dmh.bench.floor import FILLING, Floor, FloorPager
+from dmh.bench.mapped import MappedFile
+from dmh.bench.rows import Progress, Row, Samples, interleave, not_measured, summarize
+from dmh.bench.subject import Here, MismatchError, Options, Subject, service, verify
+from dmh.bench.words import MASK, Words, fill, value
+from dmh.errors import KernelError
 from dmh.region.region import Region
 
 PAGES, QUICK_PAGES = 1500, 60
+APART = 16
+"""Pages of a mapped file that one fault maps, on kernels as they are set (fault_around_bytes: 64 KiB)."""
+METRIC, UNIT = "one fault", "µs"
 
-Offsets = npt.NDArray[np.uint64]
+Turn = Callable[[], Samples]
 
 
-def run(options: Options, progress: Callable[[str], None]) -> list[Row]:
+def run(options: Options, progress: Progress) -> list[Row]:
     """Rows of every case."""
-    pages = QUICK_PAGES if options.quick else PAGES
-    size = options.page_size
-    rows: list[Row] = []
-    generator = np.random.default_rng(1)
     with ExitStack() as stack:
-        floor = stack.enter_context(Floor(pages, size))
-        regions = {
-            "dmh": stack.enter_context(_region(options, pages, inline=True)),
-            "dmh-pool": stack.enter_context(_region(options, pages, inline=False)),
+        bench = _Latency(options, progress, stack)
+        return bench.zero() + bench.soft() + bench.stored()
+
+
+class _Latency:
+    """The cases, and what they share: the floor, two services, an order of pages, a look at what was touched."""
+
+    def __init__(self, options: Options, progress: Progress, stack: ExitStack) -> None:
+        self.options, self._progress = options, progress
+        self.pages = QUICK_PAGES if options.quick else PAGES
+        self.words = options.page_size // 8
+        self.size = self.pages * options.page_size
+        self._generator = np.random.default_rng(1)
+        self._stack = stack
+        self._floor_handler = stack.enter_context(Floor(self.pages, options.page_size))
+        # Room for everything, twice: nothing is evicted, and the zero case gets new pages while the old ones are being
+        # given back.
+        room = 8 * self.size
+        self._regions = {
+            name: stack.enter_context(service(options, size=room, limit=room // 2, inline=inline, prefetch=False))
+            for name, inline in (("dmh", True), ("dmh-pool", False))
         }
 
-        def order() -> Offsets:
-            return generator.permutation(pages).astype(np.uint64) * np.uint64(size)
+    def order(self) -> Words:
+        """The first word of every page, in an order of its own."""
+        return self._generator.permutation(self.pages).astype(np.uint64) * np.uint64(self.words)
 
-        def on_floor() -> Samples:
-            floor.empty()
-            return touch(floor.pointer, order())
+    def _rows(self, case: str, subjects: dict[str, Turn], baseline: str) -> list[Row]:
+        results = interleave(subjects, self.options.runs, lambda text: self._progress(f"latency {case}: {text}"))
+        return summarize("latency", case, METRIC, UNIT, results, baseline)
 
-        def on_new(region: Region) -> Samples:
-            array = region.empty(pages * size, "u1")
-            times = touch(address(array), order())
-            if array.any():
-                raise MismatchError("a new page does not read as zeros")
-            return times
+    # ---- zero
 
-        subjects: dict[str, Callable[[], Samples]] = {"floor": on_floor}
-        subjects |= {name: (lambda region=region: on_new(region)) for name, region in regions.items()}  # type: ignore[misc]
-        results = interleave(subjects, options.runs, lambda text: progress(f"latency zero: {text}"))
-        rows += summarize("latency", "zero", "one fault", "µs", results, "floor")
+    def zero(self) -> list[Row]:
+        """A new page."""
+        subjects: dict[str, Turn] = {"floor": self._floor}
+        subjects |= {name: partial(self._new, name, region) for name, region in self._regions.items()}
+        return self._rows("zero", subjects, "floor")
 
-        arrays = {name: region.empty(pages * size // 8, "u8") for name, region in regions.items()}
-        for array in arrays.values():
-            stamp(array, size)
+    def _floor(self) -> Samples:
+        floor = self._floor_handler
+        floor.empty()
+        times = floor.call(work.touch, self.order())
+        verify("floor", int(floor.memory.words[:: self.words].sum()), int.from_bytes([FILLING] * 8) * self.pages & MASK)
+        return times
 
-        def on_stored(name: str) -> Samples:
-            regions[name].evict(arrays[name])
-            times = touch(address(arrays[name]), order())
-            if not np.array_equal(arrays[name][:: size // 8], np.arange(pages)):
-                raise MismatchError("a page came back from the store with other bytes than were written")
-            return times
+    def _new(self, name: str, region: Region) -> Samples:
+        array = region.empty(self.size // 8, "u8")
+        times = work.touch(work.Memory(array), self.order())
+        if array.any():
+            raise MismatchError(f"{name}: a new page does not read as zeros")
+        return times
 
-        subjects = {"floor": on_floor}
-        subjects |= {name: (lambda name=name: on_stored(name)) for name in regions}  # type: ignore[misc]
-        mapped = stack.enter_context(_MappedFile(pages, size))
-        subjects["memmap"] = lambda: mapped.touch(order())
-        results = interleave(subjects, options.runs, lambda text: progress(f"latency store: {text}"))
-        rows += summarize("latency", "store", "one fault", "µs", results, "floor")
-    return rows
+    # ---- soft
+
+    def soft(self) -> list[Row]:
+        """A page in the victim buffer: the policy that marks pages by moving them there is made to mark."""
+        slots = self.pages + self.pages // 8 + 8
+        more = [
+            "evictor.policy=idle-walk",
+            f"evictor.buffer={slots} pages",
+            f"memory.high={2 * slots} pages",
+            f"memory.low={2 * slots - 4} pages",
+        ]
+        limit = 4 * slots * self.options.page_size
+        with service(self.options, size=2 * limit, limit=limit, prefetch=False, more=more) as region:
+            subjects: dict[str, Turn] = {"floor": self._floor, "dmh": partial(self._soft, region, slots)}
+            try:
+                return self._rows("soft", subjects, "floor")
+            except _NotSoftError as error:
+                return [not_measured("latency", "soft", "dmh", METRIC, UNIT, str(error))]
+
+    def _soft(self, region: Region, slots: int) -> Samples:
+        # Two pages more than the high threshold: LPET marks from the oldest page on until the buffer is full, and then
+        # evicts the few it has to, oldest first.
+        array = region.empty((2 * slots + 2) * self.words, "u8")
+        fill(array)
+        deadline = time.monotonic() + 5
+        while region.stats().staged < self.pages:
+            if time.monotonic() > deadline:
+                raise _NotSoftError(f"{region.stats().staged} of {self.pages} pages came to the victim buffer")
+            time.sleep(0.005)  # the evictor tells nobody when it is done
+        before = region.stats().counters["soft"]
+        numbers = self.order() + np.uint64((slots - self.pages) * self.words)
+        times = work.touch(work.Memory(array), numbers)
+        soft = region.stats().counters["soft"] - before
+        if soft < 0.98 * self.pages:
+            raise _NotSoftError(f"of {self.pages} pages that were touched {soft} were in the victim buffer")
+        verify("dmh", int(array[numbers].sum()), int(value(numbers).sum()))
+        region.discard(array)
+        return times
+
+    # ---- stored
+
+    def stored(self) -> list[Row]:
+        """A page that the store has."""
+        rows: list[Row] = []
+        subjects: dict[str, Turn] = {}
+        try:
+            pager = self._stack.enter_context(FloorPager(self.size, self.options.page_size, self.size))
+            subjects["floor-pager"] = partial(self._again, "floor-pager", pager, pager.empty)
+        except KernelError as error:
+            rows.append(not_measured("latency", "stored", "floor-pager", METRIC, UNIT, str(error)))
+        for name, region in self._regions.items():
+            array = region.empty(self.size // 8, "u8")
+            fill(array)
+            subjects[name] = partial(self._evicted, name, region, array)
+        mapped = self._stack.enter_context(MappedFile(self.size * APART, None))
+        subjects["mmap"] = partial(self._again, "mmap", mapped, mapped.remap, APART)
+        return self._rows("stored", subjects, "floor-pager") + rows
+
+    def _evicted(self, name: str, region: Region, array: npt.NDArray[np.uint64]) -> Samples:
+        return self._again(name, Here(work.Memory(array)), lambda: region.evict(array))
+
+    def _again(self, name: str, subject: Subject, empty: Callable[[], None], apart: int = 1) -> Samples:
+        """Touch the pages, `apart` from each other, after all have gone."""
+        empty()
+        order = self.order() * np.uint64(apart)
+        times = subject.call(work.touch, order)
+        _, found = subject.call(work.access, order, False)
+        verify(name, found, int(value(order).sum()))
+        return times
 
 
-def _region(options: Options, pages: int, *, inline: bool):  # type: ignore[no-untyped-def]
-    # Room for everything, twice: nothing is evicted, and the zero case gets new pages while the old ones are being
-    # given back.
-    size = 8 * pages * options.page_size
-    return service(options, size=size, limit=size // 2, inline=inline)
-
-
-class _MappedFile:
-    """numpy.memmap of a warm file; every run maps it anew, so that every touch is a fault."""
-
-    def __init__(self, pages: int, page_size: int) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="dmh-bench-", dir="/var/tmp")
-        self._path = Path(self._directory.name) / "mapped"
-        self._pages = pages
-        content = np.zeros(pages * page_size // 8, np.uint64)
-        stamp(content, page_size)
-        content.tofile(self._path)
-
-    def touch(self, offsets: Offsets) -> Samples:
-        mapped = np.memmap(self._path, np.uint8, "r")
-        return touch(address(mapped), offsets)
-
-    def __enter__(self) -> _MappedFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._directory.cleanup()
+class _NotSoftError(Exception):
+    pass

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Samples = npt.NDArray[np.float64]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Row:
         runs: how often the subject ran.
         ratio: median over the baseline's median in the same run; None for the baseline itself.
         baseline: the subject that ratio refers to.
+        spread: highest less lowest of the runs' own medians, over the median.
+        note: why it could not be measured; then median, p99, ratio and spread are None and runs is 0.
     """
 
     benchmark: str
@@ -34,19 +37,26 @@ class Row:
     subject: str
     metric: str
     unit: str
-    median: float
-    p99: float
+    median: float | None
+    p99: float | None
     runs: int
     ratio: float | None
     baseline: str | None
+    spread: float | None = None
+    note: str | None = None
 
     def to_wire(self) -> dict[str, Any]:
         """A JSON-able form."""
         return asdict(self)
 
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Row:
+        """The inverse of `to_wire`."""
+        return cls(**wire)
+
 
 def interleave(
-    subjects: Mapping[str, Callable[[], Samples]], runs: int, progress: Callable[[str], None]
+    subjects: Mapping[str, Callable[[], Samples]], runs: int, progress: Progress
 ) -> dict[str, list[Samples]]:
     """Run every subject `runs` times, in turn, after one round that is not counted."""
     results: dict[str, list[Samples]] = {name: [] for name in subjects}
@@ -64,33 +74,40 @@ def summarize(
     case: str,
     metric: str,
     unit: str,
-    results: dict[str, list[Samples]],
+    results: Mapping[str, list[Samples]],
     baseline: str,
     *,
     rate: bool = False,
+    missing: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Rows of one case.  Where the metric is a rate, more is better, so the 99th percentile is counted from the
-    other end.
+    """Rows of one case, and one for each subject that is missing (name -> reason).  Where the metric is a rate, more
+    is better, so the 99th percentile is counted from the other end.
     """
-    joined = {name: np.concatenate(samples) for name, samples in results.items()}
-    base = float(np.median(joined[baseline])) if baseline in joined else None
+    base = float(np.median(np.concatenate(results[baseline]))) if baseline in results else None
     rows = []
-    for name, values in joined.items():
+    for name, runs in results.items():
+        values = np.concatenate(runs)
         median = float(np.median(values))
         ratio = None if base is None or name == baseline else median / base
-        tail = float(np.percentile(values, 1 if rate else 99))
+        medians = [float(np.median(samples)) for samples in runs]
         rows.append(
             Row(
-                benchmark,
-                case,
-                name,
-                metric,
-                unit,
-                median,
-                tail,
-                len(results[name]),
-                ratio,
-                None if ratio is None else baseline,
+                benchmark=benchmark,
+                case=case,
+                subject=name,
+                metric=metric,
+                unit=unit,
+                median=median,
+                p99=float(np.percentile(values, 1 if rate else 99)),
+                runs=len(runs),
+                ratio=ratio,
+                baseline=None if ratio is None else baseline,
+                spread=(max(medians) - min(medians)) / median if median else 0.0,
             )
         )
-    return rows
+    return rows + [not_measured(benchmark, case, name, metric, unit, why) for name, why in (missing or {}).items()]
+
+
+def not_measured(benchmark: str, case: str, subject: str, metric: str, unit: str, why: str) -> Row:
+    """The row of a subject that this machine does not have."""
+    return Row(benchmark, case, subject, metric, unit, None, None, 0, None, None, None, why)

@@ -223,7 +223,14 @@ int      dmh_die_with_parent(void);
 
 void     dmh_time_touch(uint8_t *base, const uint64_t *offsets, uint64_t n, int write, uint64_t *out_ns);
 uint64_t dmh_sum_words(const uint8_t *base, uint64_t bytes);
+uint64_t dmh_increment_words(uint8_t *base, uint64_t bytes);
+uint64_t dmh_triad_words(uint8_t *a, const uint8_t *b, const uint8_t *c, uint64_t d, uint64_t bytes);
+uint64_t dmh_access_words(uint8_t *base, const uint64_t *numbers, uint64_t n, int write);
+int64_t  dmh_access_by_threads(uint8_t *base, const uint64_t *numbers, uint64_t n, uint32_t threads, uint64_t *sum);
 int      dmh_floor_handler(int uffd, uint64_t page_size, int stop_fd, int spin);
+int      dmh_pager_watch(void *base, uint64_t bytes);
+int      dmh_floor_pager(int uffd, int memory, int file, uint64_t base, uint64_t pages, uint64_t page_size, uint64_t limit,
+                         int control);
 int      dmh_pin_cpu(int cpu);
 
 /* ---- the workload of `dmh stress` ---- */

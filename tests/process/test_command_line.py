@@ -1,4 +1,4 @@
-"""`dmh run`, `serve`, `stats`, `bench`, and what bad input gets: real processes, real signals, nothing left behind."""
+"""`dmh run`, `serve`, `stats`, and what bad input gets: real processes, real signals, nothing left behind."""
 
 from __future__ import annotations
 
@@ -299,17 +299,3 @@ def test_a_user_who_may_not_use_userfaultfd_is_told_what_to_do(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert "user-mode faults" in done.stderr
     assert "chmod a+rw /dev/userfaultfd" in done.stderr
-
-
-@pytest.mark.parametrize("benchmark_name", ["latency", "stream"])
-def test_a_benchmark_runs_and_prints_rows(benchmark_name: str) -> None:
-    done = subprocess.run(
-        [*DMH, "bench", benchmark_name, "--quick", "--json"], capture_output=True, text=True, timeout=55
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
-    keys = {"benchmark", "case", "subject", "metric", "unit", "median", "p99", "runs", "ratio"}
-    assert all(keys <= row.keys() for row in rows)
-    assert {"dmh", "dmh-pool"} <= {row["subject"] for row in rows}
-    baseline = "floor" if benchmark_name == "latency" else "memmap"
-    assert all((row["ratio"] is None) == (row["subject"] == baseline) for row in rows)
