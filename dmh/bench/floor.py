@@ -24,7 +24,7 @@ class Floor:
     def __init__(self, pages: int, page_size: int, *, spin: bool = False) -> None:
         self.size = pages * page_size
         self._fd = check(lib.dmh_region_create(b"dmh-floor", self.size), "creating the floor's memory")
-        self.pointer: Any = lib.dmh_map_region(self._fd, self.size, 1 << 21, 1, 0)
+        self.pointer: Any = lib.dmh_map_region(self._fd, self.size, 1 << 21, 1)
         if self.pointer == ffi.NULL:
             raise KernelError(f"mapping the floor's memory: {os.strerror(ffi.errno)}")
         how, features = ffi.new("int *"), ffi.new("uint64_t *")

@@ -23,6 +23,7 @@ from dmh.config import Config, load
 from dmh.errors import RegionError
 from dmh.native import lib
 from dmh.observe.report import Snapshot
+from dmh.region.children import followed
 from dmh.region.connection import Connection, find_socket, start_service
 from dmh.region.guardian import Guardian, Patience
 from dmh.region.mapping import Mapping
@@ -80,7 +81,9 @@ class Region:
         self.page_size = int(description["page_size"])
         (region_fd,) = descriptors
         try:
-            self._mapping = Mapping(region_fd, self.size, self.page_size, seal=bool(description["seal"]))
+            self._mapping = Mapping(
+                region_fd, self.size, self.page_size, seal=bool(description["seal"]), fork=str(description["fork"])
+            )
         finally:
             os.close(region_fd)
         try:
@@ -90,20 +93,58 @@ class Region:
             if connection.guardian:
                 connection.guardian.stop()
             raise
+        self._begin()
+        self._mapping.serve_children()
+        followed.add(self)
+
+    def _begin(self) -> None:
+        """What belongs to one process: at the start of a region, and in a forked child that shares it."""
         self._pid = os.getpid()
         self._closed = False
         self._close_lock = threading.Lock()
         self._freed: deque[int] = deque()
-        self._finalizer = weakref.finalize(self, _disconnect, connection, self._mapping, os.getpid())
+        self._finalizer = weakref.finalize(self, _disconnect, self._connection, self._mapping, os.getpid())
 
     def _register(self, connection: Connection, description: Message) -> None:
         # Watched from before the first fault: a service that dies later leaves this process frozen otherwise.
-        patience = Patience(float(description["grace"]), float(description["grace_launcher"]))
-        connection.guardian = Guardian(connection.channel, connection.path, self.name, patience)
-        answer, _ = connection.request({"op": "register", "base": self._mapping.base}, (self._mapping.uffd,))
-        connection.guardian.resume_with(
-            {"op": "resume", "version": PROTOCOL, "service": description["service"], "view": answer["view"]}
-        )
+        self._service = str(description["service"])
+        self._patience = Patience(float(description["grace"]), float(description["grace_launcher"]))
+        self._guard()
+        mapping = self._mapping
+        message = {"op": "register", "base": mapping.base, "follows": mapping.follows}
+        answer, _ = connection.request(message, (mapping.uffd,))
+        self._introduce(answer["view"])
+
+    def _guard(self) -> None:
+        connection = self._connection
+        connection.guardian = Guardian(connection.channel, connection.path, self.name, self._patience)
+
+    def _introduce(self, view: int) -> None:
+        """How this program is known to a launcher that takes over."""
+        assert self._connection.guardian is not None
+        self._connection.guardian.resume_with(self._resume(view=view))
+
+    def _resume(self, **key: int) -> Message:
+        return {"op": "resume", "version": PROTOCOL, "service": self._service, **key}
+
+    def in_forked_child(self) -> None:
+        """Make this process a program of its own on the region, which it shares with its parent.  Called by
+        `dmh.region.children` before the child's own code runs.
+        """
+        if self._closed or not self._mapping.follows:
+            return
+        self._finalizer.detach()
+        self._mapping.be_born()
+        try:
+            self._connection.renew()
+            answer, (uffd,) = self._connection.request(self._resume(base=self._mapping.base))
+            self._mapping.replace_uffd(uffd)
+            self._guard()
+            self._introduce(answer["view"])
+        except BaseException:
+            self._mapping.abandon()
+            raise
+        self._begin()
 
     # ---- arrays
 
@@ -297,8 +338,8 @@ class Region:
             raise RegionError("the region is closed", region=self.name)
         if os.getpid() != self._pid:
             raise RegionError(
-                "a forked child does not inherit the region: call dmh.attach() in it, or start it with the spawn "
-                "method",
+                "this forked child does not share the region, because its parent has not CAP_SYS_PTRACE or region.fork "
+                "is none: call dmh.attach() in it, or start it with the spawn method",
                 region=self.name,
             )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ class Program:
 
     Attributes:
         pid, started: its process, and when that started (clock ticks since boot): a number alone may be another's soon.
+            Both 0 for a forked child that has not said who it is.
         view, base: its mapping.
         owner: the service ends with it.
-        blocks: first page -> pages, of its arrays.
+        follows: its forks are announced.
+        blocks: first page -> [pages, how often it holds them], of its arrays.
         pins: (first page, pages), as often as they were pinned.
     """
 
@@ -38,7 +41,8 @@ class Program:
     view: int
     base: int
     owner: bool
-    blocks: dict[int, int] = field(default_factory=dict)
+    follows: bool
+    blocks: dict[int, list[int]] = field(default_factory=dict)
     pins: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -64,9 +68,11 @@ class State:
         run = record.get("first", 0), record.get("count", 0)
         program = self.programs.get(record.get("view", 0))
         if kind == "register":
-            self.programs[record["view"]] = Program(
-                record["pid"], record["started"], record["view"], record["base"], record["owner"]
+            self.programs[record["view"]] = child = Program(
+                record["pid"], record["started"], record["view"], record["base"], record["owner"], record["follows"]
             )
+            if parent := self.programs.get(record["parent"]):
+                child.blocks = deepcopy(parent.blocks)
             self.views = max(self.views, record["view"])
         elif kind == "detach":
             self.programs.pop(record["view"], None)
@@ -79,8 +85,14 @@ class State:
                     del program.blocks[first]
         elif kind == "freed":
             self.freeing.pop(run[0], None)
+        elif program and kind == "process":
+            program.pid, program.started = record["pid"], record["started"]
         elif program and kind == "allocate":
-            program.blocks[run[0]] = run[1]
+            program.blocks[run[0]] = [run[1], record.get("holds", 1)]
+        elif program and kind == "let-go" and run[0] in program.blocks:
+            program.blocks[run[0]][1] -= 1
+            if not program.blocks[run[0]][1]:
+                del program.blocks[run[0]]
         elif program and kind == "pin":
             program.pins.append(run)
         elif program and kind == "unpin" and run in program.pins:
@@ -96,9 +108,11 @@ class State:
                 "started": program.started,
                 "base": program.base,
                 "owner": program.owner,
+                "follows": program.follows,
+                "parent": 0,
             }
-            for first, count in program.blocks.items():
-                yield {"op": "allocate", "view": view, "first": first, "count": count}
+            for first, (count, holds) in program.blocks.items():
+                yield {"op": "allocate", "view": view, "first": first, "count": count, "holds": holds}
             for first, count in program.pins:
                 yield {"op": "pin", "view": view, "first": first, "count": count}
         for first, count in self.taken:
