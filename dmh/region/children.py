@@ -15,13 +15,13 @@ from dmh.native import lib
 if TYPE_CHECKING:
     from dmh.region.region import Region
 
-followed: weakref.WeakSet[Region] = weakref.WeakSet()
+regions: weakref.WeakSet[Region] = weakref.WeakSet()
 """This process's regions."""
 
 
 def _in_child() -> None:
     lib.dmh_guardians_forget()
-    for region in list(followed):
+    for region in list(regions):
         region.in_forked_child()
 
 

@@ -72,6 +72,7 @@ class Clients:
         self._being_freed = 0
         self._freed: list[tuple[Client, int]] = []
         self._asking_for_births = False
+        self._loans: dict[int, tuple[int, int]] = {}  # loan -> first page, the lender's view; 0: it has been taken
         self._operations: dict[str, Callable[[Client, Message, list[int]], Message | None]] = {
             "hello": self._hello,
             "resume": self._resume,
@@ -79,6 +80,8 @@ class Clients:
             "detach": self._detach,
             "allocate": self._allocate,
             "free": self._free,
+            "lend": self._lend,
+            "take-loan": self._take_loan,
             "take": self._take,
             "prefetch": self._prefetch,
             "discard": self._forward,
@@ -111,6 +114,7 @@ class Clients:
         Returns views that no program is known for: it had detached, and not every worker had heard of it.
         """
         self._next_view = state.views + 1
+        self._loans = dict(state.loans)
         for program in list(state.programs.values()):
             uffd = views.pop(program.view, -1)
             if uffd < 0:  # it was just registering, and nobody had told it that it was
@@ -355,9 +359,38 @@ class Clients:
         else:
             self._release(client.view, first, held[0])
 
+    def _lend(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
+        """One hold more on an array, for whoever asks for the loan that is answered."""
+        first = int(message["first"])
+        if first not in client.blocks:
+            raise RegionError("an array that this program does not hold cannot be lent")
+        loan = self._launcher.ledger.state.loan + 1
+        client.blocks[first][1] += 1
+        self._loans[loan] = first, client.view
+        self._launcher.ledger.note("lend", view=client.view, first=first, loan=loan)
+        return {"loan": loan}
+
+    def _take_loan(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
+        """The hold goes over to this program; who comes later gets one of his own, as long as anybody has one."""
+        loan = int(message["loan"])
+        if loan not in self._loans:
+            raise RegionError(
+                "this array is gone: whoever sent it has ended, or it was received before and nobody has kept it"
+            )
+        first, lender = self._loans[loan]
+        holder = next(other for other in self.all if first in other.blocks)
+        count = holder.blocks[first][0]
+        client.blocks.setdefault(first, [count, 0])[1] += 1
+        self._loans[loan] = first, 0
+        self._launcher.ledger.note("take-loan", view=client.view, first=first, count=count, loan=loan)
+        if lent := next((other for other in self.all if lender and other.view == lender), None):
+            self._let_go(lent, first)
+        return {"first": first, "count": count}
+
     def _release(self, view: int, first: int, count: int) -> None:
         """Pages go back to the pool only when their content is gone: the next owner must find zeros."""
         self._being_freed += 1
+        self._loans = {loan: lent for loan, lent in self._loans.items() if not first <= lent[0] < first + count}
         self._launcher.ledger.note("freeing", view=view, first=first, count=count)
 
         def done(reply: Message) -> None:

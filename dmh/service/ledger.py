@@ -54,13 +54,17 @@ class State:
         programs: by view.
         taken: runs of pages handed out for good.
         freeing: first page -> pages, given back but with their content not known to be gone.
+        loans: loan -> first page of the array that was lent, the lender's view; 0: it has been taken.
         views: how many views were ever given out.
+        loan: the last that was given out.
     """
 
     programs: dict[int, Program] = field(default_factory=dict)
     taken: list[tuple[int, int]] = field(default_factory=list)
     freeing: dict[int, int] = field(default_factory=dict)
+    loans: dict[int, tuple[int, int]] = field(default_factory=dict)
     views: int = 0
+    loan: int = 0
 
     def apply(self, record: Record) -> None:
         """Go on by one record."""
@@ -80,6 +84,7 @@ class State:
             self.taken.append(run)
         elif kind == "freeing":
             self.freeing[run[0]] = run[1]
+            self.loans = {loan: lent for loan, lent in self.loans.items() if not run[0] <= lent[0] < sum(run)}
             if program:
                 for first in [first for first in program.blocks if run[0] <= first < sum(run)]:
                     del program.blocks[first]
@@ -89,6 +94,16 @@ class State:
             program.pid, program.started = record["pid"], record["started"]
         elif program and kind == "allocate":
             program.blocks[run[0]] = [run[1], record.get("holds", 1)]
+        elif program and kind == "lend":
+            program.blocks[run[0]][1] += 1
+            self.loans[record["loan"]] = run[0], record["view"]
+            self.loan = record["loan"]
+        elif program and kind == "take-loan":
+            program.blocks.setdefault(run[0], [run[1], 0])[1] += 1
+            self.loans[record["loan"]] = run[0], 0
+        elif kind == "loans":
+            self.loans = {loan: (first, view) for loan, first, view in record["loans"]}
+            self.loan = record["loan"]
         elif program and kind == "let-go" and run[0] in program.blocks:
             program.blocks[run[0]][1] -= 1
             if not program.blocks[run[0]][1]:
@@ -115,6 +130,8 @@ class State:
                 yield {"op": "allocate", "view": view, "first": first, "count": count, "holds": holds}
             for first, count in program.pins:
                 yield {"op": "pin", "view": view, "first": first, "count": count}
+        if self.loan:
+            yield {"op": "loans", "loans": [[loan, *lent] for loan, lent in self.loans.items()], "loan": self.loan}
         for first, count in self.taken:
             yield {"op": "take", "first": first, "count": count}
         for first, count in self.freeing.items():
