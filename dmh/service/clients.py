@@ -229,7 +229,8 @@ class Clients:
         child = "base" in message
         key = int(message["base" if child else "view"])
         for known in self.all:
-            if known.channel is None and known.pid == client.pid and key == (known.base if child else known.view):
+            waited_for = known.channel is None and not known.leaving and known.pid == client.pid
+            if waited_for and key == (known.base if child else known.view):
                 break
         else:
             raise ProtocolError(f"no such program in process {client.pid} is waited for")
@@ -436,7 +437,10 @@ class Clients:
         wanted = self._range(message)
 
         def done(reply: Message) -> None:
-            if "error" not in reply:
+            if "error" not in reply and not client.view:  # it has gone meanwhile, and what it held was given back
+                evictor = self._launcher.pool.by_role("evictor")
+                self._launcher.pool.tell(evictor, wanted | {"op": "unpin"}, lambda reply: None)
+            elif "error" not in reply:
                 client.pins.append((wanted["first"], wanted["count"]))
                 self._launcher.ledger.note("pin", view=client.view, first=wanted["first"], count=wanted["count"])
             self.reply(client, _outcome(reply))
