@@ -157,6 +157,7 @@ class Clients:
             self.refused += 1
             channel.close()
             return None
+        channel.socket.setblocking(False)  # who does not read his answers loses them, and holds nobody up
         client = Client(channel, pid)
         self.all.append(client)
         return client
