@@ -33,12 +33,14 @@ if TYPE_CHECKING:
         StoreUnavailable,
     )
     from dmh.observe.report import Snapshot
+    from dmh.region.array import Array
     from dmh.region.region import Region, attach
     from dmh.region.region import open_region as open
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Array": "dmh.region.array",
     "Config": "dmh.config",
     "Region": "dmh.region.region",
     "Snapshot": "dmh.observe.report",
@@ -61,6 +63,7 @@ _WHERE = {
 )
 
 __all__ = [
+    "Array",
     "Config",
     "ConfigError",
     "DmhError",

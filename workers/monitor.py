@@ -1,6 +1,7 @@
 """The monitor: reads every application's userfaultfd and hands each fault to a resolver.
 
     wait for messages                                         native, without the interpreter lock
+    a program has forked: tell the launcher of the child      dmh.fault.births
     a page that is resident: wake                             native
     one that is being fetched or evicted: drop                native: whoever ends that wakes
     one that was handed on already: drop                      native
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dmh.fault.births import Births
 from dmh.fault.dispatch import Dispatcher
 from dmh.native import check, ffi, lib
 from dmh.prefetch.streams import Streams
@@ -56,13 +58,16 @@ def main() -> None:
         lib.dmh_forget_dispatched(context)
         return {}
 
+    births = Births(worker)
     worker.handle("prefetch", prefetch)
     worker.handle("forget-dispatched", forget_dispatched)
+    worker.handle("births", births.answer)
     recover(worker, store)
     worker.start(on_stop=lambda: lib.dmh_interrupt(context))
     faults = ffi.new("struct dmh_request[]", BATCH)
     while not worker.stopping.is_set():
         n = check(lib.dmh_receive(context, faults, BATCH, TIMEOUT_MS, setup.spin_us), "receiving faults")
+        births.tell()
         for i in range(n):
             fault = faults[i]
             if not fault.resolver:  # it may belong to a scan

@@ -39,7 +39,7 @@ class _Watched:
     def __init__(self, size: int) -> None:
         self.size = size
         self._fd = check(lib.dmh_region_create(b"dmh-floor", size), "creating the floor's memory")
-        self.pointer: Any = lib.dmh_map_region(self._fd, size, 1 << 21, 1, 0)
+        self.pointer: Any = lib.dmh_map_region(self._fd, size, 1 << 21, 1)
         if self.pointer == ffi.NULL:
             raise KernelError(f"mapping the floor's memory: {os.strerror(ffi.errno)}")
         self._uffd = -1

@@ -140,6 +140,11 @@ class RegionConfig(_Section):
         description="Seal the mapping (mseal) where the kernel can, so that no stray munmap or mmap in the program "
         "replaces it; it then lives until the process ends.",
     )
+    fork: Literal["auto", "follow", "none"] = Field(
+        default="auto",
+        description="follow: a forked child shares the region; a program needs CAP_SYS_PTRACE. none: it does not "
+        "inherit the region (SIGSEGV on access). auto: follow where the program may.",
+    )
 
 
 class MemoryConfig(_Section):

@@ -5,6 +5,7 @@ Owns the sockets.  Does not look at pages, and claims nothing.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Inbox:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVTIMEO, LOOK_UP_MS)
+        # The directory keeps strangers out; should somebody open it, the kernel still says who connects.
+        self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         self._socket.bind(self._address)
 
     def receive(self) -> bytes | None:

@@ -68,6 +68,8 @@ class Resolver:
                 lib.dmh_give_back(self._context, plan)
                 return
             lib.dmh_install(self._context, plan, self._buffer_pointer, self._chunk)
+        elif claimed < 0:  # there is no such page: not the monitor has sent this
+            self._table.count(self._number, "refused")
         if plan.lost_n:
             self._report_lost()
 

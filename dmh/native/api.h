@@ -121,9 +121,10 @@ int64_t  dmh_drain(struct dmh_shared *s, struct dmh_event *out, uint64_t max);
 #define DMH_UFFD_SYSCALL 2      /* the system call: kernel faults allowed */
 #define DMH_UFFD_USER_ONLY 3    /* faults from user mode only */
 int      dmh_uffd_open(int *how, uint64_t *features);
+int      dmh_uffd_open_following(int *how, uint64_t *features);
 int      dmh_uffd_register(int uffd, void *base, uint64_t bytes);
 int      dmh_uffd_wake(int uffd, uint64_t base, uint64_t bytes);
-void    *dmh_map_region(int memfd, uint64_t bytes, uint64_t align, int writable, int follow_forks);
+void    *dmh_map_region(int memfd, uint64_t bytes, uint64_t align, int writable);
 int      dmh_unmap(void *base, uint64_t bytes);
 int      dmh_seal_mapping(void *base, uint64_t bytes);
 int      dmh_guard_mapping(void *base, uint64_t bytes);
@@ -139,6 +140,21 @@ int      dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, i
 int      dmh_view_remove(struct dmh_ctx *c, uint32_t id);
 void     dmh_interrupt(struct dmh_ctx *c);
 void     dmh_wake_pages(struct dmh_ctx *c, uint64_t page, uint64_t n);
+
+/* ---- following forks ---- */
+
+struct dmh_birth {
+    uint32_t view;
+    int32_t uffd;               /* a child of the view's process; -1: not a birth, but the touch of one's birth page */
+    int32_t pid;                /* by which the view's process is known */
+    uint64_t base;
+};
+int      dmh_birth_page(void *base, uint64_t bytes);
+int      dmh_follow_forks(void *base, uint64_t bytes);
+int      dmh_be_born(void *base, uint64_t bytes);
+int      dmh_birth_answer(int uffd, uint64_t base, uint64_t bytes, int refuse);
+int      dmh_view_is_gone(int uffd, uint64_t base);
+int      dmh_next_birth(struct dmh_ctx *c, struct dmh_birth *out);
 
 /* ---- monitor: receive ---- */
 
@@ -217,6 +233,7 @@ int      dmh_guardian_resume(int handle, const char *message);
 int      dmh_guardian_state(int handle);
 int      dmh_guardian_rejoined(int handle, uint32_t *seen);
 void     dmh_guardian_stop(int handle);
+void     dmh_guardians_forget(void);
 int      dmh_die_with_parent(void);
 
 /* ---- measurements ---- */

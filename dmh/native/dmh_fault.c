@@ -186,7 +186,7 @@ static void lose(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint8_t why)
         pthread_rwlock_rdlock(&c->lock);
         struct view *v = find_view(c, p->view);
         if (v)
-            kill(v->pid, SIGBUS);
+            kill(v->pid ? v->pid : (int)p->thread, SIGBUS); /* 0: a forked child; its threads know it */
         pthread_rwlock_unlock(&c->lock);
     }
 }

@@ -253,3 +253,14 @@ void dmh_guardian_stop(int h)
         pthread_join(g->thread, NULL);
     discard(g);
 }
+
+/* In a forked child: the guardians are its parent's, and have no threads here. */
+void dmh_guardians_forget(void)
+{
+    pthread_mutex_init(&guardians_lock, NULL); /* another thread of the parent's may have held it */
+    for (int h = 0; h < DMH_MAX_VIEWS; h++)
+        if (guardians[h]) {
+            discard(guardians[h]);
+            guardians[h] = NULL;
+        }
+}

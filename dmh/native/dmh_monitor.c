@@ -107,7 +107,7 @@ static int processor_of(struct dmh_ctx *c, int pid, uint32_t thread)
         char path[64];
         if (c->stat_fd >= 0)
             close(c->stat_fd);
-        snprintf(path, sizeof path, "/proc/%d/task/%u/stat", pid, thread);
+        snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid ? (unsigned)pid : thread, thread); /* 0: a forked child */
         c->stat_fd = open(path, O_RDONLY | O_CLOEXEC); /* kept open: that halves the cost of the next look */
         c->stat_thread = thread;
     }
@@ -281,11 +281,17 @@ static int read_messages(struct dmh_ctx *c, const struct epoll_event *ready, int
         int k = (int)(got / (ssize_t)sizeof *messages);
         count(c, DMH_C_MESSAGES, (uint64_t)k);
         for (int j = 0; j < k; j++) {
+            if (messages[j].event == UFFD_EVENT_FORK)
+                note_birth(c, (struct dmh_birth){ .view = v->id, .base = v->base, .uffd = (int)messages[j].arg.fork.ufd });
             if (messages[j].event != UFFD_EVENT_PAGEFAULT)
                 continue;
             uint64_t address = messages[j].arg.pagefault.address;
             uint64_t page = (address - v->base) >> c->s->page_shift;
-            if (address < v->base || page >= c->s->pages) {
+            if (page == c->s->pages) {
+                note_birth(c, (struct dmh_birth){ .view = v->id, .uffd = -1, .pid = (int)messages[j].arg.pagefault.feat.ptid });
+                continue;
+            }
+            if (address < v->base || page > c->s->pages) {
                 count(c, DMH_C_REFUSED, 1);
                 continue;
             }
@@ -302,7 +308,8 @@ static int read_messages(struct dmh_ctx *c, const struct epoll_event *ready, int
 
 /*
  * Wait for page faults, answer here what can be answered here, and return those that need Python: a fault that may belong to a scan (resolver
- * 0), or one for a resolver that sleeps.  Several messages for one page count as one.  0 after timeout_ms without any, or after dmh_interrupt.
+ * 0), or one for a resolver that sleeps.  Several messages for one page count as one.  0 after timeout_ms without any, after dmh_interrupt, or for
+ * dmh_next_birth.
  */
 int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us)
 {
@@ -319,7 +326,7 @@ int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout
             if (may_be_stream(c, out[i].thread, out[i].page) || !dmh_resolve_here(c, &out[i]))
                 out[left++] = out[i];
         c->last_ns = now_ns();
-        if (left || interrupted)
+        if (left || interrupted || c->births_n)
             return left;
     }
 }

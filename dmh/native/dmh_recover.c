@@ -233,7 +233,7 @@ int dmh_install_rest(struct dmh_ctx *c, uint64_t page, const uint8_t *content)
 }
 
 /* Whoever waits for a page of the region looks again: the kernel raises again every fault that still matters. */
-void dmh_wake_all(struct dmh_ctx *c) { dmh_wake_pages(c, 0, c->s->pages); }
+void dmh_wake_all(struct dmh_ctx *c) { dmh_wake_pages(c, 0, c->s->pages + 1); } /* and who waits in a birth page behind them */
 
 /* Tests: this worker stops here, once, and says so. */
 void dmh_step(struct dmh_ctx *c, uint32_t step)

@@ -28,9 +28,6 @@
 #define MADV_COLLAPSE 25
 #endif
 
-struct poison_request { struct uffdio_range range; uint64_t mode; int64_t updated; };
-#define IOC_POISON _IOWR(UFFDIO, 0x08, struct poison_request)
-
 int uffd_open_as(int kind)
 {
     int fd;
@@ -57,8 +54,7 @@ static int open_one(int *how)
     return fd;
 }
 
-/* A userfaultfd of this process that can watch shared memory; *features: what the kernel offers. */
-int dmh_uffd_open(int *how, uint64_t *features)
+static int open_with(int *how, uint64_t *features, uint64_t more)
 {
     /* The first UFFDIO_API of a descriptor fixes its features, so asking what there is costs a descriptor. */
     int fd = open_one(how);
@@ -71,7 +67,7 @@ int dmh_uffd_open(int *how, uint64_t *features)
     if (r < 0)
         return -e;
     *features = api.features;
-    uint64_t wanted = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_THREAD_ID;
+    uint64_t wanted = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_THREAD_ID | more;
     if ((api.features & wanted) != wanted)
         return -EOPNOTSUPP;
     fd = open_one(how);
@@ -85,6 +81,12 @@ int dmh_uffd_open(int *how, uint64_t *features)
     }
     return fd;
 }
+
+/* A userfaultfd of this process that can watch shared memory; *features: what the kernel offers. */
+int dmh_uffd_open(int *how, uint64_t *features) { return open_with(how, features, 0); }
+
+/* One that announces forks, each with a userfaultfd of the child's.  -EPERM without CAP_SYS_PTRACE. */
+int dmh_uffd_open_following(int *how, uint64_t *features) { return open_with(how, features, UFFD_FEATURE_EVENT_FORK); }
 
 int dmh_uffd_register(int uffd, void *base, uint64_t bytes)
 {
@@ -101,32 +103,39 @@ int dmh_uffd_wake(int uffd, uint64_t base, uint64_t bytes)
 
 /*
  * Map the region so that it is safe before it is touched: no huge pages (punching one destroys data), and not inherited by
- * children, whose unregistered copy would make zeros for everybody.  NULL with errno set on failure.
+ * children, whose unregistered copy would make zeros for everybody; dmh_follow_forks changes that once it is registered.  NULL with errno set on
+ * failure.
  */
-void *dmh_map_region(int memfd, uint64_t bytes, uint64_t align, int writable, int follow_forks)
+void *dmh_map_region(int memfd, uint64_t bytes, uint64_t align, int writable)
 {
-    uint8_t *space = mmap(NULL, bytes + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    /* In front of it one page that nobody can touch, behind it the birth page (dmh_fork.c). */
+    uint64_t whole = bytes + align + 2 * DMH_KERNEL_PAGE;
+    uint8_t *space = mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (space == MAP_FAILED)
         return NULL;
-    uint8_t *base = (uint8_t *)(((uintptr_t)space + align - 1) & ~(uintptr_t)(align - 1));
-    if (base > space)
-        munmap(space, (size_t)(base - space));
-    if (base + bytes < space + bytes + align)
-        munmap(base + bytes, (size_t)(space + align - base));
+    uint8_t *base = (uint8_t *)(((uintptr_t)space + DMH_KERNEL_PAGE + align - 1) & ~(uintptr_t)(align - 1));
+    uint8_t *first = base - DMH_KERNEL_PAGE, *end = base + bytes + DMH_KERNEL_PAGE;
+    if (first > space)
+        munmap(space, (size_t)(first - space));
+    if (end < space + whole)
+        munmap(end, (size_t)(space + whole - end));
     void *p = mmap(base, bytes, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED | MAP_FIXED | MAP_NORESERVE, memfd, 0);
-    if (p == MAP_FAILED || madvise(p, bytes, MADV_NOHUGEPAGE) < 0 || (!follow_forks && madvise(p, bytes, MADV_DONTFORK) < 0)) {
+    if (p == MAP_FAILED || madvise(p, bytes, MADV_NOHUGEPAGE) < 0 || madvise(p, bytes, MADV_DONTFORK) < 0) {
         int e = errno;
         /* A kernel built without transparent huge pages says EINVAL: then there is nothing to switch off. */
         if (p != MAP_FAILED && e == EINVAL && madvise(p, bytes, MADV_DONTFORK) == 0)
             return p;
-        munmap(base, bytes);
+        munmap(first, (size_t)(end - first));
         errno = e;
         return NULL;
     }
     return p;
 }
 
-int dmh_unmap(void *base, uint64_t bytes) { return munmap(base, bytes) < 0 ? -errno : 0; }
+int dmh_unmap(void *base, uint64_t bytes)
+{
+    return munmap((uint8_t *)base - DMH_KERNEL_PAGE, bytes + 2 * DMH_KERNEL_PAGE) < 0 ? -errno : 0;
+}
 
 int dmh_seal_mapping(void *base, uint64_t bytes) { return syscall(SYS_mseal, base, bytes, 0ul) < 0 ? -errno : 0; }
 
@@ -284,6 +293,7 @@ enum verdict uffd_verdict(int error)
  */
 enum verdict fill(struct dmh_ctx *c, struct view *v, uint64_t offset, uint64_t bytes, const uint8_t *from, int resume)
 {
+    struct view *const waits = v;
     uint64_t done = 0;
     int memory_retries = 0, existed = 0;
     while (done < bytes) {
@@ -307,7 +317,9 @@ enum verdict fill(struct dmh_ctx *c, struct view *v, uint64_t offset, uint64_t b
             break;
         switch (uffd_verdict(error)) {
         case V_RETRY:
-            if (moved <= 0)
+            if (moved <= 0 && c->epoll_fd >= 0)
+                v = own_view(c); /* a fork is under way until its event is read, which is this process's to do */
+            else if (moved <= 0)
                 sched_yield();
             continue;
         case V_EXISTS:
@@ -332,8 +344,8 @@ enum verdict fill(struct dmh_ctx *c, struct view *v, uint64_t offset, uint64_t b
                     (unsigned long long)bytes, (unsigned long long)offset, strerror(error));
         }
     }
-    if (existed)
-        wake_view(v, offset, bytes); /* EEXIST does not wake */
+    if (existed || v != waits)
+        wake_view(waits, offset, bytes); /* EEXIST does not wake, nor does filling through another view */
     return V_DONE;
 }
 
@@ -402,7 +414,8 @@ int dmh_poison(struct dmh_ctx *c, uint64_t page, uint64_t word)
         struct poison_request k = { .range = { v->base + offset, bytes } };
         if (v->own)
             continue;
-        if (ioctl(v->uffd, IOC_POISON, &k) < 0 && errno != EEXIST && errno != ENOENT && errno != ESRCH)
+        /* EAGAIN: a fork is under way; whoever touches the page asks again, and is given the mark then. */
+        if (ioctl(v->uffd, IOC_POISON, &k) < 0 && errno != EEXIST && errno != ENOENT && errno != ESRCH && errno != EAGAIN)
             r = -errno;
         wake_view(v, offset, bytes);
     }

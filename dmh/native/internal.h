@@ -89,6 +89,8 @@ struct dmh_ctx {
     uint32_t stat_thread;
     uint64_t gap_ns;            /* the usual time from one message to the next, smoothed */
     uint64_t quiet_until_ns;    /* no spinning before: somebody else needed the processor */
+    struct dmh_birth *births;   /* read and not yet told to the launcher */
+    uint32_t births_n, births_room;
 };
 
 void dmh_die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
@@ -168,9 +170,14 @@ void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t bytes, cons
 void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uint64_t moved, uint64_t bytes, const uint32_t *slots,
               struct dmh_journal *journal);
 int uffd_open_as(int kind); /* DMH_UFFD_...; a descriptor, or -errno */
+void note_birth(struct dmh_ctx *c, struct dmh_birth birth);
 int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word);
 void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, uint32_t thread);
 void note_latency(struct dmh_ctx *c, uint64_t since_ns);
+
+/* Debian 12's headers are older than the kernels it runs on. */
+struct poison_request { struct { uint64_t start, len; } range; uint64_t mode; int64_t updated; };
+#define IOC_POISON _IOWR(0xAA, 0x08, struct poison_request)
 
 /* What an ioctl's errno means; nobody else interprets it. */
 enum verdict { V_DONE, V_RETRY, V_EXISTS, V_GONE, V_NOMEM, V_BAD };

@@ -105,6 +105,13 @@ class Connection:
             self._lock.release()
         return True
 
+    def renew(self) -> None:
+        """In a forked child: a connection of its own.  The one it has inherited is its parent's."""
+        self.channel.close()
+        self._lock = threading.Lock()
+        self._launcher = self.guardian = None
+        self.channel = connect(self.path)
+
     def close(self, patience: float | None = None) -> bool:
         """Hang up; a launcher that was started for this connection ends, and is waited for.
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from typing import Any
 
 from dmh.errors import KernelError
 from dmh.native import check, ffi, lib
 
 log = logging.getLogger("dmh")
+
+BIRTH_PAGE = 4096
+"""Bytes behind a followed mapping: see dmh_fork.c."""
 
 
 class Mapping:
@@ -22,11 +26,13 @@ class Mapping:
     Attributes:
         base: address of the first byte.
         size: bytes.
+        uffd: this process's userfaultfd.
+        follows: forked children share the region.
     """
 
-    def __init__(self, region_fd: int, size: int, page_size: int, *, seal: bool) -> None:
+    def __init__(self, region_fd: int, size: int, page_size: int, *, seal: bool, fork: str) -> None:
         self.size = size
-        self._pointer: Any = lib.dmh_map_region(region_fd, size, max(page_size, 1 << 21), 1, 0)
+        self._pointer: Any = lib.dmh_map_region(region_fd, size, max(page_size, 1 << 21), 1)
         if self._pointer == ffi.NULL:
             raise KernelError(
                 f"{size / 2**30:.1f} GiB of address space cannot be mapped ({os.strerror(ffi.errno)}): make "
@@ -37,8 +43,11 @@ class Mapping:
         self._sealed = False
         how, features = ffi.new("int *"), ffi.new("uint64_t *")
         try:
-            self.uffd = check(lib.dmh_uffd_open(how, features), "opening a userfaultfd")
-            check(lib.dmh_uffd_register(self.uffd, self._pointer, size), "registering the region with userfaultfd")
+            self.uffd, self.follows = _open_userfaultfd(how, features, fork)
+            if self.follows:
+                check(lib.dmh_birth_page(self._pointer, size), "making a page for children to announce themselves by")
+            whole = size + (BIRTH_PAGE if self.follows else 0)
+            check(lib.dmh_uffd_register(self.uffd, self._pointer, whole), "registering the region with userfaultfd")
         except OSError as error:
             lib.dmh_unmap(self._pointer, size)
             raise KernelError(f"{error}; `dmh serve` or `dmh run` on this machine says what to change") from error
@@ -50,6 +59,29 @@ class Mapping:
             )
         if seal:
             self._sealed = lib.dmh_seal_mapping(self._pointer, size) == 0
+
+    def serve_children(self) -> None:
+        """The service knows this mapping: from now on forked children may inherit it, where forks are followed."""
+        if self.follows:
+            check(lib.dmh_follow_forks(self._pointer, self.size), "letting children inherit the region")
+
+    def be_born(self) -> None:
+        """In a forked child, before anything else: wait until the service knows of it."""
+        check(lib.dmh_be_born(self._pointer, self.size), "announcing a forked child")
+
+    def replace_uffd(self, uffd: int) -> None:
+        """In a forked child: this is its own userfaultfd; the one it has inherited is its parent's."""
+        os.close(self.uffd)
+        self.uffd = uffd
+
+    def abandon(self) -> None:
+        """In a forked child that the service does not know: it must not touch the region, where it would read, and
+        make, zeros.
+        """
+        if self._sealed:
+            os.write(2, b"dmh: a forked child cannot share the region, whose mapping is sealed: ending it\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.close()
 
     def buffer(self, offset: int, size: int) -> memoryview:
         """The bytes offset .. offset + size - 1; they stay valid until `close`."""
@@ -65,5 +97,19 @@ class Mapping:
         """
         if self._sealed:
             return  # its userfaultfd stays open with it: closing it would turn absent pages into zeros
-        lib.dmh_guard_mapping(self._pointer, self.size)
+        lib.dmh_guard_mapping(self._pointer, self.size + (BIRTH_PAGE if self.follows else 0))
         os.close(self.uffd)
+
+
+def _open_userfaultfd(how: Any, features: Any, fork: str) -> tuple[int, bool]:
+    """A userfaultfd, and whether it follows forks."""
+    if fork != "none":
+        fd = lib.dmh_uffd_open_following(how, features)
+        if fd >= 0:
+            return fd, True
+        if fork == "follow":
+            raise KernelError(
+                f"forks cannot be followed here ({os.strerror(-fd)}), and region.fork is follow: give the program "
+                "CAP_SYS_PTRACE, or set region.fork to auto or none"
+            )
+    return check(lib.dmh_uffd_open(how, features), "opening a userfaultfd"), False

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,42 +24,13 @@ from dmh.config import Config, load
 from dmh.errors import RegionError
 from dmh.native import lib
 from dmh.observe.report import Snapshot
+from dmh.region.array import Array, Block, Handle, Shape, array_over, join, layout
+from dmh.region.children import regions
 from dmh.region.connection import Connection, find_socket, start_service
 from dmh.region.guardian import Guardian, Patience
 from dmh.region.mapping import Mapping
 from dmh.service.channel import Message
 from dmh.service.clients import PROTOCOL
-
-Shape = int | Sequence[int]
-Array = npt.NDArray[Any]
-
-
-def _layout(shape: Shape, kind: np.dtype[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """A shape as a tuple, with the dimensions of a type that is itself an array appended, as NumPy does it."""
-    try:
-        dimensions: tuple[int, ...] = (operator.index(shape),)  # type: ignore[arg-type]
-    except TypeError:
-        dimensions = tuple(operator.index(n) for n in shape)  # type: ignore[union-attr]
-    if any(n < 0 for n in dimensions):
-        raise RegionError(f"shape {dimensions} has a negative dimension")
-    return dimensions + kind.shape, kind.base
-
-
-class _Block:
-    """Memory of one array: what NumPy keeps alive as the base of every view, so that its end is the end of the last
-    view.
-    """
-
-    __slots__ = ("__array_interface__", "__weakref__", "region")
-
-    def __init__(self, region: Region, offset: int, size: int) -> None:
-        self.region = region
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (size,),
-            "typestr": "|u1",
-            "data": (region._mapping.base + offset, False),
-        }
 
 
 class Region:
@@ -80,7 +52,9 @@ class Region:
         self.page_size = int(description["page_size"])
         (region_fd,) = descriptors
         try:
-            self._mapping = Mapping(region_fd, self.size, self.page_size, seal=bool(description["seal"]))
+            self._mapping = Mapping(
+                region_fd, self.size, self.page_size, seal=bool(description["seal"]), fork=str(description["fork"])
+            )
         finally:
             os.close(region_fd)
         try:
@@ -90,20 +64,58 @@ class Region:
             if connection.guardian:
                 connection.guardian.stop()
             raise
+        self._begin()
+        self._mapping.serve_children()
+        regions.add(self)
+
+    def _begin(self) -> None:
+        """What belongs to one process: at the start of a region, and in a forked child that shares it."""
         self._pid = os.getpid()
         self._closed = False
         self._close_lock = threading.Lock()
         self._freed: deque[int] = deque()
-        self._finalizer = weakref.finalize(self, _disconnect, connection, self._mapping, os.getpid())
+        self._finalizer = weakref.finalize(self, _disconnect, self._connection, self._mapping, os.getpid())
 
     def _register(self, connection: Connection, description: Message) -> None:
         # Watched from before the first fault: a service that dies later leaves this process frozen otherwise.
-        patience = Patience(float(description["grace"]), float(description["grace_launcher"]))
-        connection.guardian = Guardian(connection.channel, connection.path, self.name, patience)
-        answer, _ = connection.request({"op": "register", "base": self._mapping.base}, (self._mapping.uffd,))
-        connection.guardian.resume_with(
-            {"op": "resume", "version": PROTOCOL, "service": description["service"], "view": answer["view"]}
-        )
+        self._service = str(description["service"])
+        self._patience = Patience(float(description["grace"]), float(description["grace_launcher"]))
+        self._guard()
+        mapping = self._mapping
+        message = {"op": "register", "base": mapping.base, "follows": mapping.follows}
+        answer, _ = connection.request(message, (mapping.uffd,))
+        self._introduce(answer["view"])
+
+    def _guard(self) -> None:
+        connection = self._connection
+        connection.guardian = Guardian(connection.channel, connection.path, self.name, self._patience)
+
+    def _introduce(self, view: int) -> None:
+        """How this program is known to a launcher that takes over."""
+        assert self._connection.guardian is not None
+        self._connection.guardian.resume_with(self._resume(view=view))
+
+    def _resume(self, **key: int) -> Message:
+        return {"op": "resume", "version": PROTOCOL, "service": self._service, **key}
+
+    def in_forked_child(self) -> None:
+        """Make this process a program of its own on the region, which it shares with its parent.  Called by
+        `dmh.region.children` before the child's own code runs.
+        """
+        if self._closed or not self._mapping.follows:
+            return
+        self._finalizer.detach()
+        self._mapping.be_born()
+        try:
+            self._connection.renew()
+            answer, (uffd,) = self._connection.request(self._resume(base=self._mapping.base))
+            self._mapping.replace_uffd(uffd)
+            self._guard()
+            self._introduce(answer["view"])
+        except BaseException:
+            self._mapping.abandon()
+            raise
+        self._begin()
 
     # ---- arrays
 
@@ -137,18 +149,16 @@ class Region:
                 f"an array of {kind} holds pointers to Python objects, and those cannot be paged out; use a type "
                 "of fixed size"
             )
-        dimensions, kind = _layout(shape, kind)
+        dimensions, kind = layout(shape, kind)
         size = math.prod(dimensions) * kind.itemsize
         if not size:
-            return np.empty(dimensions, kind)
+            return np.empty(dimensions, kind).view(Array)
         count = -(-size // self.page_size)
         self._check_open()
         self._send_freed()
         answer = self._request({"op": "allocate", "count": count})
         first = int(answer["first"])
-        block = _Block(self, first * self.page_size, size)
-        weakref.finalize(block, _free, weakref.ref(self), first).atexit = False
-        return np.asarray(block).view(kind).reshape(dimensions)
+        return array_over(Block(self, first * self.page_size, count * self.page_size, first), dimensions, kind)
 
     def zeros(self, shape: Shape, dtype: npt.DTypeLike = float) -> Array:
         """A new array of zeros; see `empty`, which gives the same here."""
@@ -168,20 +178,20 @@ class Region:
         kind = np.dtype(dtype)
         if kind.hasobject:
             raise RegionError(f"an array of {kind} holds pointers to Python objects, and those cannot be paged out")
-        dimensions, kind = _layout(shape, kind)
+        dimensions, kind = layout(shape, kind)
         size, offset = math.prod(dimensions) * kind.itemsize, operator.index(offset)
         if offset < 0 or size < 0 or offset + size > self.size:
             raise RegionError(f"{size} bytes at offset {offset} are not all within the region of {self.size} bytes")
         self._check_open()
         if not size:
-            return np.empty(dimensions, kind)
+            return np.empty(dimensions, kind).view(Array)
         first = offset // self.page_size
         count = -(-(offset + size) // self.page_size) - first
         # `empty` must not hand these pages out afterwards.
         self._request({"op": "take", "first": first, "count": count})
-        return np.asarray(_Block(self, offset, size)).view(kind).reshape(dimensions)
+        return array_over(Block(self, offset, size), dimensions, kind)
 
-    def offset_of(self, array: Array) -> int:
+    def offset_of(self, array: npt.NDArray[Any]) -> int:
         """Where an array's first byte lies in the region, for `ndarray` in another process."""
         self._check_open()
         low, _ = self._bounds(array)
@@ -189,7 +199,7 @@ class Region:
 
     # ---- what a program may say about its arrays
 
-    def flush(self, array: Array | None = None) -> None:
+    def flush(self, array: npt.NDArray[Any] | None = None) -> None:
         """Return when the store has every page of the array (of the whole region without one), as durable as it can
         make them.
 
@@ -200,17 +210,17 @@ class Region:
         """
         self._ask("flush", array)
 
-    def evict(self, array: Array | None = None) -> None:
+    def evict(self, array: npt.NDArray[Any] | None = None) -> None:
         """Move an array's pages (the whole region's without one) out of local memory now; they come back when they
         are touched.
         """
         self._ask("evict", array)
 
-    def prefetch(self, array: Array) -> None:
+    def prefetch(self, array: npt.NDArray[Any]) -> None:
         """Start bringing an array's pages in, and return at once.  A hint: what finds no room is left out."""
         self._ask("prefetch", array)
 
-    def discard(self, array: Array) -> None:
+    def discard(self, array: npt.NDArray[Any]) -> None:
         """The array's content is not needed any more: it reads as zeros, and its pages cost nothing until they are
         touched again.
 
@@ -231,10 +241,10 @@ class Region:
 
     def _zero(self, low: int, high: int) -> None:
         if low < high:
-            np.asarray(_Block(self, low, high - low))[:] = 0
+            np.asarray(Block(self, low, high - low))[:] = 0
 
     @contextlib.contextmanager
-    def pin(self, array: Array) -> Iterator[Array]:
+    def pin(self, array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
         """Keep an array resident inside the ``with`` block.
 
         Needed where something outside the processor writes to its memory: O_DIRECT reads, registered io_uring
@@ -290,6 +300,28 @@ class Region:
             f"<dmh.Region {self.name!r}: {self.size / 2**30:g} GiB in pages of {self.page_size // 1024} KiB, {state}>"
         )
 
+    # ---- to other processes
+
+    def __reduce__(self) -> Any:
+        """A region is pickled as a handle: whoever unpickles it joins the service, or finds that it has."""
+        return join, self._handle()
+
+    def _handle(self) -> Handle:
+        return str(self._connection.path), self._service, self.name
+
+    def _lend(self, first: int) -> int:
+        """A hold on an array for whoever unpickles it."""
+        self._check_open()
+        return int(self._request({"op": "lend", "first": first})["loan"])
+
+    def _take_loan(self, loan: int) -> tuple[Block, int]:
+        """A hold on an array that was lent, and the offset of its memory."""
+        self._check_open()
+        answer = self._request({"op": "take-loan", "loan": loan})
+        first, count = int(answer["first"]), int(answer["count"])
+        start = first * self.page_size
+        return Block(self, start, count * self.page_size, first), start
+
     # ---- inside
 
     def _check_open(self) -> None:
@@ -297,25 +329,25 @@ class Region:
             raise RegionError("the region is closed", region=self.name)
         if os.getpid() != self._pid:
             raise RegionError(
-                "a forked child does not inherit the region: call dmh.attach() in it, or start it with the spawn "
-                "method",
+                "this forked child does not share the region, because its parent has not CAP_SYS_PTRACE or region.fork "
+                "is none: call dmh.attach() in it, or start it with the spawn method",
                 region=self.name,
             )
 
-    def _bounds(self, array: Array) -> tuple[int, int]:
+    def _bounds(self, array: npt.NDArray[Any]) -> tuple[int, int]:
         low, high = np.lib.array_utils.byte_bounds(array)
         low, high = low - self._mapping.base, high - self._mapping.base
         if low < 0 or high > self.size:
             raise RegionError("this array does not lie in the region")
         return int(low), int(high)
 
-    def _pages(self, array: Array) -> tuple[int, int]:
+    def _pages(self, array: npt.NDArray[Any]) -> tuple[int, int]:
         self._check_open()
         low, high = self._bounds(array)
         first = low // self.page_size
         return first, -(-high // self.page_size) - first
 
-    def _ask(self, operation: str, array: Array | None) -> None:
+    def _ask(self, operation: str, array: npt.NDArray[Any] | None) -> None:
         self._check_open()
         first, count = (0, self.size // self.page_size) if array is None else self._pages(array)
         if count:
@@ -325,6 +357,14 @@ class Region:
         answer, _ = self._connection.request(message)
         self._send_freed()  # arrays that ended in another thread meanwhile found the connection in use
         return answer
+
+    @staticmethod
+    def _free(region: weakref.ref[Region], first: int) -> None:
+        """The last view of an array is gone."""
+        alive = region()
+        if alive is not None and not alive._closed and os.getpid() == alive._pid:
+            alive._freed.append(first)
+            alive._send_freed()
 
     def _send_freed(self) -> None:
         """Give back the pages of arrays that are gone.  Called with no lock held, and from the garbage collector at
@@ -338,13 +378,6 @@ class Region:
             if not self._connection.tell({"op": "free", "first": first}):
                 self._freed.append(first)  # told after the next request, or never: if the service is gone
                 return
-
-
-def _free(region: weakref.ref[Region], first: int) -> None:
-    alive = region()
-    if alive is not None and not alive._closed and os.getpid() == alive._pid:
-        alive._freed.append(first)
-        alive._send_freed()
 
 
 def _disconnect(connection: Connection, mapping: Mapping, pid: int) -> None:
@@ -393,4 +426,9 @@ def attach(name: str | None = None) -> Region:
         ServiceError: no such service.
         KernelError: this process may not use userfaultfd.
     """
-    return Region(Connection(find_socket(name)))
+    return attach_at(find_socket(name))
+
+
+def attach_at(socket_path: Path) -> Region:
+    """Map the region of the service with this control socket."""
+    return Region(Connection(socket_path))

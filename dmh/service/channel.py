@@ -58,7 +58,7 @@ class Channel:
             message = json.loads(packet)
             if not isinstance(message, dict):
                 raise ProtocolError("a control message is not a JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             close_all(descriptors)
             raise ProtocolError(f"a control message is not JSON: {error}") from error
         except ProtocolError:

@@ -139,6 +139,7 @@ class Launcher:
         )
         self.pool = Pool(setup, [self.region_fd, table_fd, slots_fd, pipe[0], pipe[1]], store_fds)
         self._undo.callback(self.pool.stop)
+        self.pool.on_birth = self.clients.born
         self.pool.start()
         self.pool.wait_ready()
         for worker in self.pool.workers:
@@ -183,6 +184,7 @@ class Launcher:
         setup = dataclasses.replace(setup, number=0, restarted=False, preamble=0)
         self.pool = Pool(setup, estate.descriptors[:known], estate.descriptors[known:])
         self._undo.callback(self.pool.stop)
+        self.pool.on_birth = self.clients.born
         strangers = self.clients.restore(self.ledger.state, estate.views)
         self.pool.workers = estate.workers
         for number in estate.missing:
@@ -200,7 +202,8 @@ class Launcher:
     def watch_programs(self) -> None:
         """After `adopt`: programs that ended meanwhile are dropped, the others waited for."""
         for client in list(self.clients.all):
-            self._watch_process(client)
+            if client.pid:
+                self.watch_process(client)
 
     def _spin_us(self) -> int:
         """What the monitor is told: microseconds, 0 for never, -1 for as long as pays."""
@@ -232,7 +235,7 @@ class Launcher:
     def run(self) -> None:
         """Serve until stopped."""
         while not self._stopping:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(self.clients.look_after_children()):
                 # One that a call before this one in the same round has ended is not asked any more.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
@@ -250,15 +253,15 @@ class Launcher:
         if client is None:
             return
         self.watch(channel, lambda: self._read_client(client))
-        self._watch_process(client)
+        self.watch_process(client)
 
-    def _watch_process(self, client: Client) -> None:
+    def watch_process(self, client: Client) -> None:
+        """Drop the client when its process has ended; a child that it forked may hold its connection for longer."""
         try:
-            # A child that a program forked may hold its connection open after the program has died.
-            client.pidfd = self._when_dead(client.pid, lambda: self._drop(client))
+            client.pidfd = self._when_dead(client.pid, lambda: self.drop(client))
         except OSError as error:
             log.error("process %d is turned away: it cannot be watched (%s)", client.pid, error.strerror)
-            self._drop(client)
+            self.drop(client)
 
     def end_with(self, pid: int) -> None:
         """Stop when the process `pid` has ended."""
@@ -275,15 +278,15 @@ class Launcher:
 
     def _read_client(self, client: Client) -> None:
         if not self.clients.read(client):
-            self._drop(client)
+            self.drop(client)
 
-    def _drop(self, client: Client) -> None:
-        if client in self.clients.all:
+    def drop(self, client: Client) -> None:
+        """A program has gone."""
+        if client in self.clients.all and not client.leaving:
             if client.channel is not None:
                 self.unwatch(client.channel)
             self.forget_process(client)
             self.clients.drop(client)
-            self.on_detach()
 
     def forget_process(self, client: Client) -> None:
         """Do not wait for the end of this program's process any more."""
@@ -317,6 +320,7 @@ class Launcher:
             "size": region.size,
             "page_size": region.page_size,
             "seal": region.seal,
+            "fork": region.fork,
             "service": self.id,
             "grace": self.config.service.grace,
             "grace_launcher": self.config.service.grace_launcher,

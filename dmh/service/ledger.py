@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ class Program:
 
     Attributes:
         pid, started: its process, and when that started (clock ticks since boot): a number alone may be another's soon.
+            Both 0 for a forked child that has not said who it is.
         view, base: its mapping.
         owner: the service ends with it.
-        blocks: first page -> pages, of its arrays.
+        follows: its forks are announced.
+        blocks: first page -> [pages, how often it holds them], of its arrays.
         pins: (first page, pages), as often as they were pinned.
     """
 
@@ -38,7 +41,8 @@ class Program:
     view: int
     base: int
     owner: bool
-    blocks: dict[int, int] = field(default_factory=dict)
+    follows: bool
+    blocks: dict[int, list[int]] = field(default_factory=dict)
     pins: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -50,13 +54,17 @@ class State:
         programs: by view.
         taken: runs of pages handed out for good.
         freeing: first page -> pages, given back but with their content not known to be gone.
+        loans: loan -> first page of the array that was lent, the lender's view; 0: it has been taken.
         views: how many views were ever given out.
+        loan: the last that was given out.
     """
 
     programs: dict[int, Program] = field(default_factory=dict)
     taken: list[tuple[int, int]] = field(default_factory=list)
     freeing: dict[int, int] = field(default_factory=dict)
+    loans: dict[int, tuple[int, int]] = field(default_factory=dict)
     views: int = 0
+    loan: int = 0
 
     def apply(self, record: Record) -> None:
         """Go on by one record."""
@@ -64,9 +72,11 @@ class State:
         run = record.get("first", 0), record.get("count", 0)
         program = self.programs.get(record.get("view", 0))
         if kind == "register":
-            self.programs[record["view"]] = Program(
-                record["pid"], record["started"], record["view"], record["base"], record["owner"]
+            self.programs[record["view"]] = child = Program(
+                record["pid"], record["started"], record["view"], record["base"], record["owner"], record["follows"]
             )
+            if parent := self.programs.get(record["parent"]):
+                child.blocks = deepcopy(parent.blocks)
             self.views = max(self.views, record["view"])
         elif kind == "detach":
             self.programs.pop(record["view"], None)
@@ -74,13 +84,30 @@ class State:
             self.taken.append(run)
         elif kind == "freeing":
             self.freeing[run[0]] = run[1]
+            self.loans = {loan: lent for loan, lent in self.loans.items() if not run[0] <= lent[0] < sum(run)}
             if program:
                 for first in [first for first in program.blocks if run[0] <= first < sum(run)]:
                     del program.blocks[first]
         elif kind == "freed":
             self.freeing.pop(run[0], None)
+        elif program and kind == "process":
+            program.pid, program.started = record["pid"], record["started"]
         elif program and kind == "allocate":
-            program.blocks[run[0]] = run[1]
+            program.blocks[run[0]] = [run[1], record.get("holds", 1)]
+        elif program and kind == "lend":
+            program.blocks[run[0]][1] += 1
+            self.loans[record["loan"]] = run[0], record["view"]
+            self.loan = record["loan"]
+        elif program and kind == "take-loan":
+            program.blocks.setdefault(run[0], [run[1], 0])[1] += 1
+            self.loans[record["loan"]] = run[0], 0
+        elif kind == "loans":
+            self.loans = {loan: (first, view) for loan, first, view in record["loans"]}
+            self.loan = record["loan"]
+        elif program and kind == "let-go" and run[0] in program.blocks:
+            program.blocks[run[0]][1] -= 1
+            if not program.blocks[run[0]][1]:
+                del program.blocks[run[0]]
         elif program and kind == "pin":
             program.pins.append(run)
         elif program and kind == "unpin" and run in program.pins:
@@ -96,11 +123,15 @@ class State:
                 "started": program.started,
                 "base": program.base,
                 "owner": program.owner,
+                "follows": program.follows,
+                "parent": 0,
             }
-            for first, count in program.blocks.items():
-                yield {"op": "allocate", "view": view, "first": first, "count": count}
+            for first, (count, holds) in program.blocks.items():
+                yield {"op": "allocate", "view": view, "first": first, "count": count, "holds": holds}
             for first, count in program.pins:
                 yield {"op": "pin", "view": view, "first": first, "count": count}
+        if self.loan:
+            yield {"op": "loans", "loans": [[loan, *lent] for loan, lent in self.loans.items()], "loan": self.loan}
         for first, count in self.taken:
             yield {"op": "take", "first": first, "count": count}
         for first, count in self.freeing.items():

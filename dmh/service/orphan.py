@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmh.errors import ServiceError
+from dmh.native import lib
 from dmh.service.channel import Channel
-from dmh.service.ledger import started
 from dmh.service.paths import adoption_socket
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def wait_for_launcher(worker: Worker) -> Channel | None:
         if path.exists():
             with contextlib.suppress(ServiceError, OSError):
                 return _offer(worker, path)
-        if any(started(pid) for pid, _, _ in worker.programs.values()):
+        if any(not lib.dmh_view_is_gone(uffd, base) for _, base, uffd in list(worker.programs.values())):
             last_seen = time.monotonic()
         time.sleep(LOOK_SECONDS)
     return None

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from dmh.errors import ServiceError
-from dmh.service.channel import Channel, Message, pair
+from dmh.service.channel import Channel, Message, close_all, pair
 from dmh.service.worker import Setup
 
 START_SECONDS = 60.0
@@ -85,6 +85,7 @@ class Pool:
         self._setup = setup
         self._descriptors = [*descriptors, *store_descriptors]
         self._next_request = 0
+        self.on_birth: Callable[[Message, list[int]], None] = lambda message, descriptors: close_all(descriptors)
 
     @staticmethod
     def count(resolvers: int) -> int:
@@ -196,12 +197,14 @@ class Pool:
         received = worker.channel.receive()
         if received is None:
             return False
-        message = received[0]
+        message, descriptors = received
         if message.get("op") == "ready":
             worker.ready = True
             if worker.role == "resolver":
                 # What the dead one had been handed is gone with it.
                 self.tell(self.by_role("monitor"), {"op": "forget-dispatched"}, lambda reply: None)
+        elif message.get("op") == "birth":
+            self.on_birth(message, descriptors)
         request = worker.waiting.pop(message.get("id", 0), None)
         if request:
             request.answer(message)

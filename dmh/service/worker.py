@@ -135,7 +135,7 @@ class Worker:
         # Registered before anything can touch it: a hole read through an unregistered mapping becomes zeros for
         # everybody.
         bytes_ = self.table.pages * self.table.page_size
-        base = lib.dmh_map_region(self.region_fd, bytes_, self.table.page_size, 1, 0)
+        base = lib.dmh_map_region(self.region_fd, bytes_, self.table.page_size, 1)
         if base == ffi.NULL:
             self.log.error(
                 "the region cannot be mapped (%s): make region.size smaller, or raise `ulimit -v`",

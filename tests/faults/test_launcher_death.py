@@ -241,10 +241,59 @@ def test_what_cannot_be_taken_over_is_told(service: Served) -> None:
     assert "there is no service named 'nobody'" in refused("nobody")
 
 
+FORKS = """
+import os, signal, sys, dmh
+region = dmh.attach(sys.argv[1])
+if not region._mapping.follows:
+    print("not followed", flush=True)
+    sys.exit()
+array = region.empty((128, 4096), "u1")
+for page in range(128):
+    array[page] = page
+print("ready", flush=True)
+children = []
+for line in sys.stdin:
+    children.append(os.fork())
+    if not children[-1]:
+        signal.alarm(30)
+        right = all((array[page] == page).all() for page in range(128))
+        own = region.empty(4096, "u1")
+        print(line.strip(), right and not own.any(), flush=True)
+        signal.pause()
+    print("forked", flush=True)
+for child in children:
+    os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_children_forked_before_without_and_after_a_launcher(service: Served) -> None:
+    """A child that is born without one waits, before it touches anything, for the one that takes over."""
+    with start_python(FORKS, service.name) as program:
+        assert program.stdout is not None
+        if program.stdout.readline() == "not followed\n":
+            pytest.skip("needs CAP_SYS_PTRACE: UFFD_FEATURE_EVENT_FORK")
+
+        def fork(when: str, lines: int) -> set[str]:
+            assert program.stdin is not None
+            assert program.stdout is not None
+            program.stdin.write(f"{when}\n")
+            program.stdin.flush()
+            return {program.stdout.readline() for _ in range(lines)}
+
+        assert fork("before", 2) == {"forked\n", "before True\n"}
+        service.kill_launcher()
+        assert fork("without", 1) == {"forked\n"}
+        service.adopt()
+        assert program.stdout.readline() == "without True\n"
+        assert fork("after", 2) == {"forked\n", "after True\n"}
+        assert service_stats(service.name)["programs"] == 4
+        assert service_stats(service.name)["allocated"] == 131
+
+
 def test_a_ledger_says_what_was_noted_and_stays_short(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     ledger = Ledger(path, fresh=True)
-    ledger.note("register", view=1, pid=7, started=8, base=4096, owner=False)
+    ledger.note("register", view=1, pid=7, started=8, base=4096, owner=False, follows=True, parent=0)
     ledger.note("take", first=900, count=2)
     for n in range(30_000):
         ledger.note("allocate", view=1, first=n % 50, count=1)
@@ -252,6 +301,9 @@ def test_a_ledger_says_what_was_noted_and_stays_short(tmp_path: Path) -> None:
             ledger.note("freeing", view=1, first=(n - 10) % 50, count=1)
             ledger.note("freed", first=(n - 10) % 50, count=1)
     ledger.note("pin", view=1, first=3, count=4)
+    ledger.note("register", view=2, pid=0, started=0, base=4096, owner=False, follows=True, parent=1)
+    ledger.note("process", view=2, pid=17, started=9)
+    ledger.note("let-go", view=2, first=29_999 % 50)
     ledger.close()
     assert path.stat().st_size < 2_000_000
     with path.open("ab") as file:
@@ -260,8 +312,12 @@ def test_a_ledger_says_what_was_noted_and_stays_short(tmp_path: Path) -> None:
     assert again.state == ledger.state
     assert again.state.programs[1].pins == [(3, 4)]
     assert set(again.state.programs[1].blocks) == {n % 50 for n in range(29_990, 30_000)}
+    child = again.state.programs[2]
+    assert (child.pid, child.started, child.pins) == (17, 9, [])
+    assert set(child.blocks) == set(again.state.programs[1].blocks) - {29_999 % 50}
     again.note("detach", view=1)
+    again.note("detach", view=2)
     again.close()
     last = Ledger(path, fresh=False)
-    assert last.state == State(taken=[(900, 2)], views=1)
+    assert last.state == State(taken=[(900, 2)], views=2)
     last.close()

@@ -209,7 +209,7 @@ class TestHugePages:
         os.close(fd)
         fd = check(lib.dmh_region_create(b"dmh-test", self.SIZE), "memfd")
         os.pwrite(fd, b"x" * self.SIZE, 0)
-        base = lib.dmh_map_region(fd, self.SIZE, self.SIZE, 1, 0)
+        base = lib.dmh_map_region(fd, self.SIZE, self.SIZE, 1)
         try:
             assert self.collapse(int(ffi.cast("uintptr_t", base))) == errno.EINVAL
         finally:

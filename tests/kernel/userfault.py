@@ -76,7 +76,7 @@ class View:
 
     def __init__(self, memory: Memory, *, registered: bool) -> None:
         self.memory = memory
-        self.pointer: Any = lib.dmh_map_region(memory.fd, memory.size, PAGE, 1, 0)
+        self.pointer: Any = lib.dmh_map_region(memory.fd, memory.size, PAGE, 1)
         assert self.pointer != ffi.NULL
         self.base = int(ffi.cast("uintptr_t", self.pointer))
         self.uffd, self.features, self.how = -1, 0, 0

@@ -191,7 +191,7 @@ class TestTheEnd:
         assert ending_of_a_child_that_touches(array) == signal.SIGSEGV
 
     def test_a_forked_child_has_no_mapping_and_is_told_so(self, open_region: OpenRegion) -> None:
-        region = open_region()
+        region = open_region("region.fork=none")
         array = region.zeros(1000)
         array[:] = 1
 

@@ -105,7 +105,7 @@ class TestAfterTheEnd:
 
     def test_every_call_of_a_forked_child_is_refused(self, open_region: OpenRegion) -> None:
         """The child holds a copy of the connection, on which it must not speak: its answers would be the parent's."""
-        region = open_region()
+        region = open_region("region.fork=none")
         array = region.empty(5 * 4096, "u1")
         array[:] = 3
         child = os.fork()

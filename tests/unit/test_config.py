@@ -82,7 +82,7 @@ def with_(section: str, *lines: str) -> str:
 def test_defaults() -> None:
     config = loads(MINIMAL)
     assert config.model_dump() == {
-        "region": {"name": "dmh", "size": 1 << 30, "page_size": 4096, "seal": False},
+        "region": {"name": "dmh", "size": 1 << 30, "page_size": 4096, "seal": False, "fork": "auto"},
         "memory": {"limit": 64 << 20, "high": 0.94, "low": 0.88},
         "workers": {"resolvers": 2, "inline": True, "spin_us": "auto", "cpus": "auto"},
         "evictor": {"policy": "fifo", "idle": "buffer", "buffer": 0.04, "batch": 256},
