@@ -5,9 +5,9 @@
     a page that is resident: wake                             native
     one that is being fetched or evicted: drop                native: whoever ends that wakes
     one that was handed on already: drop                      native
-    one that may belong to a scan: choose a window ahead      dmh.prefetch
+    one that goes on with a scan: ask for a window ahead      native, by the rules of dmh.prefetch
     one that needs no waiting: resolve it here                native (workers.inline)
-    any other: to the resolver with the least to do           its lane if it is awake, ZeroMQ if it sleeps
+    windows, and any other: to the resolver least at work     its lane if it is awake, ZeroMQ if it sleeps
 
 Between two messages it holds no page and remembers nothing that matters: if it dies, waking every thread makes the
 kernel say again what is still wanted.
@@ -29,7 +29,7 @@ from dmh.store.base import Store
 from dmh.store.paged_file import PagedFile
 from dmh.store.registry import store_class
 
-BATCH = 64
+BATCH = 192
 TIMEOUT_MS = 1000
 
 
@@ -37,7 +37,8 @@ def main() -> None:
     """Run until told to stop."""
     worker = Worker("monitor")
     setup, context = worker.setup, worker.context
-    check(lib.dmh_ctx_watch(context, setup.follow), "watching userfaultfds")
+    streams = Streams(setup.window)
+    check(lib.dmh_ctx_watch(context, setup.follow, streams.pointer), "watching userfaultfds")
     store: Store | None = None
     if setup.inline:
         # What cannot block is resolved where it is seen; that includes stored pages of a store that is local.
@@ -45,7 +46,6 @@ def main() -> None:
         store = worker.open_store() if local else None
         lib.dmh_ctx_inline(context, *(store.local() if isinstance(store, PagedFile) else (-1, ffi.NULL)))
     dispatcher = Dispatcher(setup.directory, setup.resolvers)
-    streams = Streams(setup.window)
     wanted: list[Message] = []
     step = max(setup.window, 1)
 
@@ -64,20 +64,12 @@ def main() -> None:
     worker.handle("births", births.answer)
     recover(worker, store)
     worker.start(on_stop=lambda: lib.dmh_interrupt(context))
-    faults = ffi.new("struct dmh_request[]", BATCH)
+    requests = ffi.new("struct dmh_request[]", BATCH)
     while not worker.stopping.is_set():
-        n = check(lib.dmh_receive(context, faults, BATCH, TIMEOUT_MS, setup.spin_us), "receiving faults")
+        n = check(lib.dmh_receive(context, requests, BATCH, TIMEOUT_MS, setup.spin_us), "receiving faults")
         births.tell()
         for i in range(n):
-            fault = faults[i]
-            if not fault.resolver:  # it may belong to a scan
-                fault.stride, fault.window = streams.observe(fault.thread, fault.page)
-                if fault.window:
-                    fault.resolver = lib.dmh_hand_over(context, faults + i)
-                else:
-                    lib.dmh_resolve_here(context, faults + i)
-            if fault.resolver:
-                dispatcher.deliver(fault)
+            dispatcher.deliver(requests[i])
         while wanted:
             message = wanted.pop(0)
             _hand_over_windows(context, dispatcher, message, step)

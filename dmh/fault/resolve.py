@@ -21,8 +21,6 @@ from dmh.wire import Request
 
 log = logging.getLogger("dmh")
 
-CHUNK_BYTES = 256 * 1024
-"""Installed in one call: the faulting thread goes on while the rest of its window is installed."""
 ROOM_WAIT_MS = 100
 
 
@@ -38,7 +36,7 @@ class Resolver:
         self._store = store
         self._retry = retry
         self._region = region
-        self._chunk = max(CHUNK_BYTES // table.page_size, 1)
+        self._chunk = max(lib.DMH_CHUNK // table.page_size, 1)
         self._plan: Any = ffi.new("struct dmh_plan *")
         self._buffer = np.empty((window + 1, table.page_size), np.uint8)
         self._buffer_pointer = ffi.from_buffer("uint8_t[]", self._buffer)
@@ -52,26 +50,37 @@ class Resolver:
         """
         plan = self._plan
         plan.view, plan.thread, plan.ns = request.view, request.thread, request.ns
-        window = min(request.window, self._most)
-        while True:
-            claimed = lib.dmh_claim(self._context, plan, request.page, demand, request.stride, window)
+        page, window, waits = request.page, min(request.window, self._most), 0
+        while demand or window:
+            claimed = lib.dmh_claim(self._context, plan, page, demand, request.stride, window)
             if plan.room_wanted:
                 # The hard limit: LPET has been rung.  Nothing is claimed, so nothing is held up meanwhile.
-                self._table.count(self._number, "room_waits")
-                lib.dmh_wait_room(self._context, ROOM_WAIT_MS)
+                if demand:
+                    self._table.count(self._number, "room_waits")
+                    lib.dmh_wait_room(self._context, False, ROOM_WAIT_MS)
+                elif waits < lib.DMH_AHEAD_WAITS:
+                    waits += 1
+                    lib.dmh_wait_room(self._context, True, lib.DMH_AHEAD_MS)
+                else:
+                    return
                 if self._retry.stopping.is_set():
                     return
                 continue
-            break
-        if claimed > 0:
-            if plan.stored_n and not self._fetch(plan.stored_n):
-                lib.dmh_give_back(self._context, plan)
+            if claimed > 0:
+                if plan.stored_n and not self._fetch(plan.stored_n):
+                    lib.dmh_give_back(self._context, plan)
+                    return
+                lib.dmh_install(self._context, plan, self._buffer_pointer, self._chunk)
+            if plan.lost_n:
+                self._report_lost()
+            if claimed < 0:  # there is no such page: not the monitor has sent this
+                self._table.count(self._number, "refused")
                 return
-            lib.dmh_install(self._context, plan, self._buffer_pointer, self._chunk)
-        elif claimed < 0:  # there is no such page: not the monitor has sent this
-            self._table.count(self._number, "refused")
-        if plan.lost_n:
-            self._report_lost()
+            if demand:
+                return
+            # What found no room is asked for again: somebody will fault there if it does not come.
+            page += request.stride * plan.looked
+            window -= plan.looked
 
     def _fetch(self, n: int) -> bool:
         """RequestPageFromDMS for every claimed page that is stored: one batched call.  False: given up, the service

@@ -9,6 +9,7 @@
 
 struct dmh_ctx;
 struct dmh_plan;
+struct dmh_streams;
 
 #define DMH_MAX_WORKERS 72
 #define DMH_MAX_COUNTERS 64
@@ -59,6 +60,7 @@ struct dmh_request {
     uint32_t window, view, thread, demand;
     uint64_t ns;
     int32_t resolver;           /* what dmh_hand_over said of it; within the monitor only */
+    uint32_t given;             /* to which resolver */
 };
 struct dmh_lane {
     uint32_t awake;             /* it will look at the lane again, if need be after the bell */
@@ -101,7 +103,7 @@ void     dmh_step(struct dmh_ctx *c, uint32_t step);
 
 uint64_t dmh_reserve(struct dmh_shared *s, uint64_t wanted);
 void     dmh_release(struct dmh_shared *s, uint64_t n);
-int      dmh_wait_room(struct dmh_ctx *c, int timeout_ms);
+int      dmh_wait_room(struct dmh_ctx *c, int ahead, int timeout_ms);
 int      dmh_room_wanted(struct dmh_shared *s);
 void     dmh_ring_bell(struct dmh_shared *s);
 int      dmh_wait_bell(struct dmh_shared *s, uint32_t seen, int timeout_ms);
@@ -135,7 +137,7 @@ int      dmh_touch(void *base, uint64_t bytes, uint64_t step);
 
 /* A process's table of the mappings that can fault: applications' and its own. */
 struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_base, uint32_t worker);
-int      dmh_ctx_watch(struct dmh_ctx *c, int follow);
+int      dmh_ctx_watch(struct dmh_ctx *c, int follow, struct dmh_streams *streams);
 int      dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, int pid, int own);
 int      dmh_view_remove(struct dmh_ctx *c, uint32_t id);
 void     dmh_interrupt(struct dmh_ctx *c);
@@ -156,16 +158,27 @@ int      dmh_birth_answer(int uffd, uint64_t base, uint64_t bytes, int refuse);
 int      dmh_view_is_gone(int uffd, uint64_t base);
 int      dmh_next_birth(struct dmh_ctx *c, struct dmh_birth *out);
 
+/* ---- read-ahead: which pages a thread will want next ---- */
+
+struct dmh_window { int64_t first, stride; uint32_t count; };
+struct dmh_streams *dmh_streams_new(uint32_t limit);
+void     dmh_streams_free(struct dmh_streams *s);
+/* What read-ahead looks at: the table's words, by which local pages are told, and how far each resolver is.  NULL: nothing is local; nobody is behind. */
+struct dmh_outlook { const uint64_t *words; uint64_t pages; const uint64_t *completed; };
+int      dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, const struct dmh_outlook *o, struct dmh_window *out);
+void     dmh_streams_given(struct dmh_streams *s, uint32_t resolver, uint64_t ticket);
+uint64_t dmh_streams_used(const struct dmh_streams *s);
+uint64_t dmh_streams_wasted(const struct dmh_streams *s);
+
 /* ---- monitor: receive ---- */
 
 struct dmh_lane *dmh_lane_of(struct dmh_shared *s, uint32_t worker);
-int      dmh_hand_over(struct dmh_ctx *c, const struct dmh_request *r);
+int      dmh_hand_over(struct dmh_ctx *c, struct dmh_request *r);
 int      dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_ms);
 
 int      dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us);
 void     dmh_forget_dispatched(struct dmh_ctx *c);
 void     dmh_ctx_inline(struct dmh_ctx *c, int store_fd, const uint64_t *store_index);
-int      dmh_resolve_here(struct dmh_ctx *c, struct dmh_request *r);
 int      dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r);
 
 /* ---- resolver: claim, install ---- */
@@ -177,7 +190,8 @@ struct dmh_plan {
     uint32_t view, thread;
     uint64_t ns;                /* when the fault was received */
     uint32_t stored_n;          /* of them, pages to fetch */
-    uint32_t room_wanted;       /* the demand page found no room */
+    uint32_t room_wanted;       /* no room was found: for the demand page, or for any of the window */
+    uint32_t looked;            /* steps of the window that were claimed or need nothing; the rest found no room */
     uint64_t page[1024];
     uint64_t word[1024];        /* the claim: the word as this worker left it */
     uint8_t  kind[1024];        /* DMH_NEW, DMH_STORED, DMH_STAGED: what it was */
@@ -187,6 +201,9 @@ struct dmh_plan {
     uint8_t  lost_why[8];       /* DMH_LOST_... */
     uint32_t lost_n;
 };
+#define DMH_CHUNK 262144        /* bytes installed in one call: the faulting thread goes on while the rest of its window is installed */
+#define DMH_AHEAD_WAITS 10      /* times a window waits for room, DMH_AHEAD_MS each, before the rest of it is given up */
+#define DMH_AHEAD_MS 10
 #define DMH_LOST_MISSING 1
 #define DMH_LOST_ALTERED 2
 int      dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window);

@@ -93,17 +93,16 @@ static void answer_unclaimed(struct dmh_ctx *c, struct dmh_plan *p, uint64_t pag
 static int claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window)
 {
     struct dmh_shared *s = c->s;
-    p->n = p->stored_n = p->demand = p->lost_n = p->room_wanted = 0;
+    p->n = p->stored_n = p->demand = p->lost_n = p->room_wanted = p->looked = 0;
     if (page >= s->pages)
         return -EINVAL;
     if (window >= DMH_MAX_RUN)
         window = DMH_MAX_RUN - 1;
-    uint32_t wanted = window + (demand ? 1 : 0);
-    uint64_t granted = dmh_reserve(s, wanted);
+    uint64_t granted = demand ? dmh_reserve(s, window + 1) : reserve_but(s, window, kept_from_windows(s));
     AT(c, DMH_AT_RESERVED);
     ring_at_high(c, page, granted);
     if (!granted) {
-        p->room_wanted = (uint32_t)demand;
+        p->room_wanted = 1;
         return 0;
     }
     if (demand) {
@@ -115,9 +114,11 @@ static int claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int deman
         p->demand = 1;
     }
     int64_t next = (int64_t)page + (demand ? stride : 0);
-    for (uint32_t i = 0; i < window && p->n < granted; i++, next += stride) {
-        if (next < 0 || (uint64_t)next >= s->pages)
+    for (; p->looked < window && p->n < granted; p->looked++, next += stride) {
+        if (next < 0 || (uint64_t)next >= s->pages) {
+            p->looked = window;
             break;
+        }
         claim_one(c, p, (uint64_t)next, 0);
     }
     if (p->n < granted)
@@ -127,7 +128,7 @@ static int claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int deman
 
 /*
  * Claim the demand page and up to `window` pages after it, `stride` apart (demand 0: only the window, `page` being its first).
- * Returns the number of pages claimed.  room_wanted is set when the demand page found the memory limit reached: wait, ask again.
+ * Returns the number of pages claimed.  room_wanted is set when nothing was claimed because the memory limit is reached: wait, ask again.
  */
 int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window)
 {
@@ -189,6 +190,14 @@ static void lose(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint8_t why)
             kill(v->pid ? v->pid : (int)p->thread, SIGBUS); /* 0: a forked child; its threads know it */
         pthread_rwlock_unlock(&c->lock);
     }
+}
+
+/* Say on standard error which pages an installation has lost, where Python is not there to do it. */
+void report_lost(const struct dmh_plan *p)
+{
+    for (uint32_t i = 0; i < p->lost_n; i++)
+        fprintf(stderr, "dmh[%d]: page %llu is lost: %s; access to it raises SIGBUS\n", (int)getpid(), (unsigned long long)p->lost[i],
+                p->lost_why[i] == DMH_LOST_MISSING ? "the store does not have it any more" : "its bytes are not the ones that were stored");
 }
 
 /* RESIDENT, for a run whose content is in place; whoever waited on another view is woken after that. */
@@ -275,4 +284,46 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
                     (unsigned long long)p->page[i]);
     }
     return (int)p->lost_n;
+}
+
+/*
+ * Resolver: bring a window in where the store is a local file, without Python.  1: done, as far as there was room.  0: the store failed, and *r says what
+ * is left: Python tries again, and says so.
+ */
+int bring_ahead(struct dmh_ctx *c, struct dmh_request *r)
+{
+    struct dmh_plan *p = c->plan;
+    const uint64_t size = c->s->page_size, bytes = r->window * size;
+    int waits = 0;
+    if (!c->inline_on || c->store_fd < 0)
+        return 0;
+    if (c->window_bytes < bytes) {
+        free(c->window_buffer);
+        c->window_buffer = aligned_alloc(DMH_KERNEL_PAGE, bytes);
+        c->window_bytes = c->window_buffer ? bytes : 0;
+    }
+    if (!c->window_buffer)
+        return 0;
+    while (r->window && !LOAD(&c->s->stop)) {
+        p->view = r->view, p->thread = r->thread, p->ns = r->ns;
+        int claimed = dmh_claim(c, p, r->page, 0, r->stride, r->window);
+        if (claimed < 0)
+            break;
+        if (p->room_wanted) {
+            if (waits++ == DMH_AHEAD_WAITS)
+                break;
+            dmh_wait_room(c, 1, DMH_AHEAD_MS);
+            continue;
+        }
+        if (p->stored_n && dmh_fetch_pages(c->store_fd, c->store_index, p->stored, p->stored_n, size, c->window_buffer, p->found, 0) < 0) {
+            dmh_give_back(c, p);
+            return 0;
+        }
+        dmh_install(c, p, c->window_buffer, DMH_CHUNK > size ? (uint32_t)(DMH_CHUNK / size) : 1);
+        report_lost(p);
+        r->page += (uint64_t)(r->stride * (int64_t)p->looked);
+        r->window -= p->looked;
+    }
+    ADD(&c->s->completed[c->worker], 1);
+    return 1;
 }

@@ -9,7 +9,6 @@
 
 #define MESSAGES 64
 
-#define FARTHEST 64             /* pages; as MAX_STRIDE in prefetch/streams.py */
 #define QUIET_NS 20000000ull
 #define FOLLOW_NS 20000000ull
 #define LATE_NS 12000ull        /* the next fault of a thread on our own processor comes sooner, unless the thread computes */
@@ -157,23 +156,12 @@ void dmh_ctx_inline(struct dmh_ctx *c, int store_fd, const uint64_t *store_index
     c->inline_on = c->page_buffer && c->plan;
 }
 
-/* Could this fault belong to a scan?  Then Python looks at it, and a window may go to a resolver. */
-static int may_be_stream(struct dmh_ctx *c, uint32_t thread, uint64_t page)
+/* A resolver is done with a request, as far as others are concerned. */
+static int count_done(struct dmh_ctx *c)
 {
-    struct recent *r = &c->recent[(thread * 2654435761u) >> 24];
-    int found = 0;
-    if (r->thread != thread)
-        memset(r, 0xff, sizeof *r), r->thread = thread, r->next = 0;
-    for (int i = 0; i < RECENT && !found; i++) {
-        int64_t stride = (int64_t)(page - r->page[i]);
-        if (stride == 1 || stride == -1)
-            found = 1;
-        else if (stride && stride <= FARTHEST && stride >= -FARTHEST)
-            for (int j = 0; j < RECENT; j++)
-                found |= r->page[j] == r->page[i] - (uint64_t)stride;
-    }
-    r->page[r->next++ % RECENT] = page;
-    return found;
+    if (c->worker)
+        ADD(&c->s->completed[c->worker], 1);
+    return 1;
 }
 
 /* 1: done, the thread runs again.  0: it would block, or the page has changed: a resolver is needed.  The lock is not held. */
@@ -195,6 +183,15 @@ int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
     case DMH_NEW:
     case DMH_STAGED:
         break;
+    case DMH_RESIDENT:
+        /* It was put behind a window that has brought it in, and woken then; a message that is older than that is not read any more. */
+        if (!page_is_present(c, page << c->s->page_shift, c->s->page_size))
+            return 0;
+        dmh_wake_pages(c, page, 1);
+        return count_done(c);
+    case DMH_FETCHING:
+    case DMH_EVICTING:
+        return count_done(c); /* who ends this state wakes */
     default:
         return 0;
     }
@@ -204,16 +201,14 @@ int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
     p->thread = r->thread;
     p->ns = r->ns;
     p->found[0] = 1;
-    if (c->worker)
-        ADD(&c->s->completed[c->worker], 1); /* what is left does not block: the next request may come here */
-    if (dmh_install(c, p, c->page_buffer, 1))
-        fprintf(stderr, "dmh[%d]: page %llu is lost: its stored bytes are missing or not the ones that were stored; access raises "
-                "SIGBUS\n", (int)getpid(), (unsigned long long)page);
+    count_done(c); /* what is left does not block: the next request may come here */
+    dmh_install(c, p, c->page_buffer, 1);
+    report_lost(p);
     return 1;
 }
 
-/* A fault that belongs to no scan: resolved on the spot, or handed to a resolver that is awake.  0: neither. */
-int dmh_resolve_here(struct dmh_ctx *c, struct dmh_request *r)
+/* Resolved on the spot, or handed to a resolver that is awake.  0: neither. */
+static int resolve_here(struct dmh_ctx *c, struct dmh_request *r)
 {
     if (c->inline_on && dmh_resolve_inline(c, r)) {
         count(c, DMH_C_INLINE, 1);
@@ -230,6 +225,9 @@ static int look_up(struct dmh_ctx *c, struct view *v, uint64_t address, uint64_t
         uint64_t w = LOAD(&c->words[page]);
         switch (word_state(w)) {
         case DMH_FETCHING:
+            if (c->seen[page] != word_generation(w))
+                count(c, DMH_C_LATE, 1); /* not the fault that it was handed on for: it is on its way ahead of use */
+            /* fall through */
         case DMH_EVICTING:
             /* Who ends this state wakes the page after publishing, so this message is not needed. */
             count(c, DMH_C_DROPPED, 1);
@@ -307,13 +305,39 @@ static int read_messages(struct dmh_ctx *c, const struct epoll_event *ready, int
 }
 
 /*
- * Wait for page faults, answer here what can be answered here, and return those that need Python: a fault that may belong to a scan (resolver
- * 0), or one for a resolver that sleeps.  Several messages for one page count as one.  0 after timeout_ms without any, after dmh_interrupt, or for
- * dmh_next_birth.
+ * Ask for the windows that a fault calls for, of resolvers that are awake; those for sleeping ones are put in out[], *left of them.  Returns the
+ * resolver that has the page itself still to do, or 0.
+ */
+static uint32_t read_ahead(struct dmh_ctx *c, const struct dmh_request *fault, struct dmh_request *out, int *left)
+{
+    struct dmh_window window[2];
+    struct dmh_outlook outlook = { c->words, c->s->pages, c->s->completed };
+    uint64_t used = dmh_streams_used(c->streams), wasted = dmh_streams_wasted(c->streams);
+    int n = dmh_streams_observe(c->streams, fault->thread, fault->page, &outlook, window);
+    count(c, DMH_C_AHEAD_USED, dmh_streams_used(c->streams) - used);
+    count(c, DMH_C_AHEAD_WASTED, dmh_streams_wasted(c->streams) - wasted);
+    for (int i = 0; i < n; i++) {
+        struct dmh_request r = { .page = (uint64_t)window[i].first, .stride = window[i].stride, .window = window[i].count,
+                                 .view = fault->view, .thread = fault->thread, .ns = fault->ns };
+        if (r.page >= c->s->pages) /* the region's end, or, as a negative number, its beginning */
+            continue;
+        r.resolver = dmh_hand_over(c, &r);
+        dmh_streams_given(c->streams, r.given, c->s->dispatched[r.given]);
+        if (r.resolver)
+            out[(*left)++] = r;
+    }
+    return n < 0 ? (uint32_t)-n : 0;
+}
+
+/*
+ * Wait for page faults, answer here what can be answered here, and return what Python has to send: requests for resolvers that sleep.  Several
+ * messages for one page count as one; a fault makes at most three requests.  0 after timeout_ms without any, after
+ * dmh_interrupt, or for dmh_next_birth.
  */
 int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us)
 {
     struct epoll_event ready[MESSAGES];
+    struct dmh_request fault[MESSAGES];
     for (;;) {
         int events = wait_for_messages(c, ready, timeout_ms, spin_us), interrupted = 0, left = 0;
         if (events <= 0)
@@ -321,10 +345,15 @@ int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout
         forget_if_told(c);
         uint64_t at = now_ns(), gap = at - c->last_ns;
         c->gap_ns = (7 * c->gap_ns + (gap < GAP_MOST_NS ? gap : GAP_MOST_NS)) / 8;
-        int n = read_messages(c, ready, events, out, max, at, &interrupted);
-        for (int i = 0; i < n; i++)
-            if (may_be_stream(c, out[i].thread, out[i].page) || !dmh_resolve_here(c, &out[i]))
-                out[left++] = out[i];
+        int n = read_messages(c, ready, events, fault, max / 3 < MESSAGES ? max / 3 : MESSAGES, at, &interrupted);
+        for (int i = 0; i < n; i++) {
+            /* First what others are to do: once its page is there the thread may take the processor from us. */
+            uint32_t behind = read_ahead(c, &fault[i], out, &left);
+            if (behind)
+                fault[i].resolver = hand_to(c, &fault[i], behind);
+            if (behind ? fault[i].resolver : !resolve_here(c, &fault[i]))
+                out[left++] = fault[i];
+        }
         c->last_ns = now_ns();
         if (left || interrupted || c->births_n)
             return left;

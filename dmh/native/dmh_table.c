@@ -127,16 +127,29 @@ uint64_t dmh_pages_in_state(struct dmh_shared *s, uint32_t state, uint64_t first
 
 /* ---- room: pages of the region's memory that may still be filled ---- */
 
-/* Up to `wanted` pages of room; 0 when the hard limit is reached. */
-uint64_t dmh_reserve(struct dmh_shared *s, uint64_t wanted)
+/* Up to `wanted` pages of room, `keep` of what is left untouched; 0 where there is no more. */
+uint64_t reserve_but(struct dmh_shared *s, uint64_t wanted, uint64_t keep)
 {
-    uint64_t r = LOAD(&s->resident);
+    uint64_t r = LOAD(&s->resident), most = s->resident_max - keep;
     for (;;) {
-        uint64_t free = r >= s->resident_max ? 0 : s->resident_max - r;
+        uint64_t free = r >= most ? 0 : most - r;
         uint64_t take = wanted < free ? wanted : free;
         if (!take || CAS(&s->resident, &r, r + take))
             return take;
     }
+}
+
+/* Up to `wanted` pages of room; 0 when the hard limit is reached. */
+uint64_t dmh_reserve(struct dmh_shared *s, uint64_t wanted) { return reserve_but(s, wanted, 0); }
+
+/*
+ * Of the room, what reading ahead leaves to the faults that wait for theirs.  Less than lies above the high threshold: where a window finds no room
+ * LPET must be due.
+ */
+uint64_t kept_from_windows(const struct dmh_shared *s)
+{
+    uint64_t above = s->resident_max > s->high ? (s->resident_max - s->high) / 2 : 0;
+    return above < 32 ? above : 32;
 }
 
 void dmh_release(struct dmh_shared *s, uint64_t n)
@@ -157,15 +170,16 @@ int dmh_room_wanted(struct dmh_shared *s)
     return 0;
 }
 
-/* Wait until there may be room.  1: look again; 0: timed out or stopping. */
-int dmh_wait_room(struct dmh_ctx *c, int timeout_ms)
+/* Wait until there may be room; `ahead`: for a window, which has less.  1: look again; 0: timed out or stopping. */
+int dmh_wait_room(struct dmh_ctx *c, int ahead, int timeout_ms)
 {
     struct dmh_shared *s = c->s;
     struct timespec t = { timeout_ms / 1000, (timeout_ms % 1000) * 1000000l };
     uint32_t *waits = &post_of(s, c->worker)->waits;
     __atomic_store_n(waits, 1u, __ATOMIC_SEQ_CST);
     uint32_t seen = LOAD(&s->room);
-    int there = __atomic_load_n(&s->resident, __ATOMIC_SEQ_CST) < s->resident_max; /* it may have come before we were seen to wait */
+    uint64_t most = s->resident_max - (ahead ? kept_from_windows(s) : 0);
+    int there = __atomic_load_n(&s->resident, __ATOMIC_SEQ_CST) < most; /* it may have come before we were seen to wait */
     if (!there && !LOAD(&s->stop)) {
         dmh_ring_bell(s);
         there = futex(&s->room, FUTEX_WAIT, seen, &t) == 0 || errno == EAGAIN;
@@ -243,11 +257,31 @@ struct dmh_lane *dmh_lane_of(struct dmh_shared *s, uint32_t worker)
 }
 
 /*
- * Monitor: give a request to the resolver with the least to do; of those, to the lowest number, which stays warm while the others sleep.
- * 0: handed over.  N > 0: resolver N sleeps, or its lane is full: send it the request over ZeroMQ.  -N: the request is in the lane of N, which may
- * have fallen asleep meanwhile: send it an empty frame.
+ * Monitor: give a request to resolver n, behind what it has.  0: handed over.  N > 0: resolver N sleeps, or its lane is full: send it the request over
+ * ZeroMQ.  -N: the request is in the lane of N, which may have fallen asleep meanwhile: send it an empty frame.
  */
-int dmh_hand_over(struct dmh_ctx *c, const struct dmh_request *r)
+int hand_to(struct dmh_ctx *c, struct dmh_request *r, uint32_t n)
+{
+    struct dmh_lane *lane = dmh_lane_of(c->s, n);
+    ADD(&c->s->dispatched[n], 1);
+    r->given = n;
+    uint64_t head = lane->head;
+    if (!LOAD(&lane->awake) || head - LOAD(&lane->tail) == 64)
+        return (int)n;
+    lane->entry[head % 64] = *r;
+    __atomic_store_n(&lane->head, head + 1, __ATOMIC_SEQ_CST);
+    /* It clears `awake` and then looks at head; we move head and then look at `awake`: one of us sees the other. */
+    if (!__atomic_load_n(&lane->awake, __ATOMIC_SEQ_CST))
+        return -(int)n;
+    if (__atomic_load_n(&lane->asleep, __ATOMIC_SEQ_CST)) {
+        ADD(&lane->bell, 1);
+        futex(&lane->bell, FUTEX_WAKE, 1, NULL);
+    }
+    return 0;
+}
+
+/* Monitor: to the resolver with the least to do; of those, to the lowest number, which stays warm while the others sleep.  Returns as hand_to. */
+int dmh_hand_over(struct dmh_ctx *c, struct dmh_request *r)
 {
     struct dmh_shared *s = c->s;
     uint64_t least = UINT64_MAX;
@@ -261,21 +295,7 @@ int dmh_hand_over(struct dmh_ctx *c, const struct dmh_request *r)
         if (load < least)
             best = n, least = load;
     }
-    ADD(&s->dispatched[best], 1);
-    struct dmh_lane *lane = dmh_lane_of(s, best);
-    uint64_t head = lane->head;
-    if (!LOAD(&lane->awake) || head - LOAD(&lane->tail) == 64)
-        return (int)best;
-    lane->entry[head % 64] = *r;
-    __atomic_store_n(&lane->head, head + 1, __ATOMIC_SEQ_CST);
-    /* It clears `awake` and then looks at head; we move head and then look at `awake`: one of us sees the other. */
-    if (!__atomic_load_n(&lane->awake, __ATOMIC_SEQ_CST))
-        return -(int)best;
-    if (__atomic_load_n(&lane->asleep, __ATOMIC_SEQ_CST)) {
-        ADD(&lane->bell, 1);
-        futex(&lane->bell, FUTEX_WAKE, 1, NULL);
-    }
-    return 0;
+    return hand_to(c, r, best);
 }
 
 /* 1: there may be something in the lane, or the table is closing; 0: timed out. */
@@ -306,7 +326,7 @@ int dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_ms)
         if (LOAD(&lane->head) != tail) {
             *out = lane->entry[tail % 64];
             STORE(&lane->tail, tail + 1);
-            if (out->window || !out->demand || !dmh_resolve_inline(c, out))
+            if (!(out->demand ? !out->window && dmh_resolve_inline(c, out) : bring_ahead(c, out)))
                 return 1;
             resolved = 1;
         } else if (resolved) {

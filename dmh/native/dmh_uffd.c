@@ -186,16 +186,16 @@ struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_bas
     return c;
 }
 
-/* Monitor: the programs' views are read by dmh_receive; with `follow`, the fault path moves to where the faults come from. */
-int dmh_ctx_watch(struct dmh_ctx *c, int follow)
+/* Monitor: the programs' views are read by dmh_receive, which reads ahead by `streams`; with `follow`, the fault path moves to where the faults come from. */
+int dmh_ctx_watch(struct dmh_ctx *c, int follow, struct dmh_streams *streams)
 {
     c->follow = follow;
     c->followed_cpu = -1;
     c->seen = calloc(c->s->pages, sizeof *c->seen);
-    c->recent = calloc(RECENT_THREADS, sizeof *c->recent);
+    c->streams = streams;
     c->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     c->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (!c->seen || !c->recent || c->epoll_fd < 0 || c->event_fd < 0)
+    if (!c->seen || c->epoll_fd < 0 || c->event_fd < 0)
         return -errno;
     struct epoll_event e = { .events = EPOLLIN, .data.u32 = 0 };
     int r = epoll_ctl(c->epoll_fd, EPOLL_CTL_ADD, c->event_fd, &e) < 0 ? -errno : 0;

@@ -51,14 +51,6 @@ struct view {
     uint64_t base;
 };
 
-/* Pages that a thread has faulted on lately. */
-#define RECENT 16
-#define RECENT_THREADS 256
-struct recent {
-    uint32_t thread, next;
-    uint64_t page[RECENT];
-};
-
 struct dmh_ctx {
     struct dmh_shared *s;
     uint64_t *words, *sums;
@@ -79,7 +71,9 @@ struct dmh_ctx {
     const uint64_t *store_index;
     uint8_t *page_buffer;
     struct dmh_plan *plan;
-    struct recent *recent;      /* by hash of the thread */
+    uint8_t *window_buffer;     /* as large as the largest window that was read ahead here */
+    uint64_t window_bytes;
+    struct dmh_streams *streams; /* the caller's */
     uint64_t last_ns;           /* when the last message came: for spinning */
     int follow, followed_cpu;   /* -1: nobody in particular, run anywhere */
     uint32_t followed_thread, other_threads;
@@ -171,6 +165,11 @@ void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uin
               struct dmh_journal *journal);
 int uffd_open_as(int kind); /* DMH_UFFD_...; a descriptor, or -errno */
 void note_birth(struct dmh_ctx *c, struct dmh_birth birth);
+uint64_t reserve_but(struct dmh_shared *s, uint64_t wanted, uint64_t keep);
+uint64_t kept_from_windows(const struct dmh_shared *s);
+int hand_to(struct dmh_ctx *c, struct dmh_request *r, uint32_t n);
+void report_lost(const struct dmh_plan *p);
+int bring_ahead(struct dmh_ctx *c, struct dmh_request *r);
 int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word);
 void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, uint32_t thread);
 void note_latency(struct dmh_ctx *c, uint64_t since_ns);

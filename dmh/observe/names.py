@@ -39,6 +39,9 @@ COUNTERS: dict[str, str] = {
     "restarts": "worker processes that took the place of dead ones",
     "refused": "messages on dmh's own sockets that were malformed and ignored",
     "moves": "times the fault path followed the faulting thread to another processor",
+    "late": "messages for a page that was on its way ahead of use: asked for before it was delivered",
+    "ahead_used": "pages of read-ahead windows that a scan has passed, by its next fault",
+    "ahead_wasted": "pages of read-ahead windows whose scan did not go on",
 }
 """Counter name -> what it counts."""
 

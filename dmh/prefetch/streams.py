@@ -1,107 +1,73 @@
 """Which pages a thread will want next, from the faults it has had.  Pure.
 
-A thread has several *streams* (``a = b + c * d`` has four): a page it will fault on next if it goes on as before, a
-stride and a window.  A fault that meets a stream's expectation extends the stream by a window twice as large; pages
-that were brought in ahead do not fault, so the next fault of a scan that goes on is the first page after the window.
-A fault that meets no expectation starts a stream when it is adjacent to a recent fault, or the third of three equally
-spaced ones.
+Owns the rules and the state behind them; does not bring anything in (`workers/monitor.py` hands the windows on).  Every
+fault passes here, so the decisions are C (``dmh/native/dmh_streams.c``); these are the rules:
+
+* A thread has several *streams* (``a = b + c * d`` has four). A fault that meets none votes: it starts a stream when
+  the faults before it lead up to it in equal steps, one of them for a step of one page, two for longer ones (up to 64
+  pages).
+* A stream keeps two windows ahead of the program: the one it walks through, and the one it will need. The first page
+  of each window is left out: it is the *marker*. Its fault, resolved by itself in a few microseconds, asks for the
+  window after, which is fetched while the program works on this one. A page that is local already would not fault, so
+  it is no marker.
+* Windows start at 4 pages and double at each marker, up to half the limit; a stream is proven when two markers were
+  met.
+* A fault elsewhere in a stream's windows: where a resolver has them still to do, the fault is put behind them,
+  because a page alone costs as much as five in a window. Otherwise pages did not come (there was no room); when the
+  faults before it vote for the stream, they are asked for again, and nothing grows.
+* What does not pay is given up: a stream that is never proven makes the thread's next one need a vote more (at most
+  three); one that has wasted more than it used halves the thread's widest window. Streams that go on earn both back.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
-STREAMS = 8
-"""Streams kept for one thread; the one unused for longest goes."""
-HISTORY = 8
-"""Recent faults that met no stream, kept to find new ones."""
-FIRST_WINDOW = 4
-"""Pages ahead at a stream's start: a wrong guess costs little, and doubling makes a right one large soon."""
-MAX_STRIDE = 64
-"""Pages; further apart, a window would bring in mostly what lies between."""
-THREADS = 1024
-"""Threads remembered; the one that has not faulted for longest is forgotten."""
+from dmh.native import ffi, lib
 
 
-@dataclass(slots=True)
-class Stream:
-    """Invariant: expected == last + stride * (window + 1), clipped by nobody: the region's end is the resolver's
-    business.
-    """
+class Window(NamedTuple):
+    """Pages to bring in: `pages` of them from `first`, `stride` apart."""
 
-    last: int
+    first: int
     stride: int
-    window: int
-    expected: int
-
-    def meets(self, page: int) -> bool:
-        """Is this fault the stream's continuation?  Short of the expectation is, too: the window was cut for want of
-        room.
-        """
-        steps, rest = divmod(page - self.last, self.stride)
-        return rest == 0 and 0 < steps <= self.window + 2
-
-    def advance(self, page: int, limit: int) -> None:
-        """Go on from `page` with a window that grows while windows are used up."""
-        self.window = min(max(self.window * 2, FIRST_WINDOW), limit)
-        self.last = page
-        self.expected = page + self.stride * (self.window + 1)
-
-
-@dataclass(slots=True)
-class _Thread:
-    streams: list[Stream] = field(default_factory=list)
-    recent: deque[int] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    pages: int
 
 
 class Streams:
     """The streams of every thread that faults.
 
     >>> s = Streams(limit=256)
-    >>> [s.observe(1, page) for page in (100, 101, 106)]
-    [(1, 0), (1, 4), (1, 8)]
+    >>> s.observe(1, 100), s.observe(1, 101)
+    ([], [Window(first=102, stride=1, pages=3)])
+    >>> s.observe(1, 105)  # the page left out
+    [Window(first=106, stride=1, pages=7)]
+    >>> s.observe(1, 113)  # proven: one window to walk through, one for later
+    [Window(first=114, stride=1, pages=15), Window(first=130, stride=1, pages=15)]
+    >>> s.observe(1, 129)
+    [Window(first=146, stride=1, pages=31)]
     """
 
     def __init__(self, limit: int) -> None:
-        """`limit`: pages of the largest window; 0 switches read-ahead off."""
+        """`limit`: pages, the furthest to read ahead; 0 switches read-ahead off."""
         self.limit = limit
-        self._threads: OrderedDict[int, _Thread] = OrderedDict()
+        self.pointer = ffi.gc(lib.dmh_streams_new(limit), lib.dmh_streams_free)
+        if self.pointer == ffi.NULL:
+            raise MemoryError("no memory for the read-ahead streams")
+        self._windows = ffi.new("struct dmh_window[2]")
+        self._outlook = ffi.new("struct dmh_outlook *")
 
-    def observe(self, thread: int, page: int) -> tuple[int, int]:
-        """A fault has happened; returns (stride, window): pages to bring in after it, none where window is 0."""
-        if not self.limit:
-            return 1, 0
-        state = self._threads.get(thread)
-        if state is None:
-            state = self._threads[thread] = _Thread()
-            if len(self._threads) > THREADS:
-                self._threads.popitem(last=False)
-        streams = state.streams
-        for i, stream in enumerate(streams):
-            if stream.meets(page):
-                stream.advance(page, self.limit)
-                if i:
-                    streams.insert(0, streams.pop(i))
-                return stream.stride, stream.window
-        stride = self._new_stride(state.recent, page)
-        state.recent.append(page)
-        if not stride:
-            return 1, 0
-        self._threads.move_to_end(thread)
-        window = min(FIRST_WINDOW, self.limit)
-        streams.insert(0, Stream(page, stride, window, page + stride * (window + 1)))
-        del streams[STREAMS:]
-        return stride, window
+    def observe(self, thread: int, page: int) -> list[Window]:
+        """A fault has happened where nothing is local; returns the windows to bring in."""
+        n = lib.dmh_streams_observe(self.pointer, thread, page, self._outlook, self._windows)
+        return [Window(w.first, w.stride, w.count) for w in self._windows[0:n]]
 
-    @staticmethod
-    def _new_stride(recent: deque[int], page: int) -> int:
-        if page - 1 in recent:
-            return 1
-        if page + 1 in recent:
-            return -1
-        for earlier in reversed(recent):
-            stride = page - earlier
-            if 1 < abs(stride) <= MAX_STRIDE and earlier - stride in recent:
-                return stride
-        return 0
+    @property
+    def used(self) -> int:
+        """Pages of windows that a scan has passed."""
+        return int(lib.dmh_streams_used(self.pointer))
+
+    @property
+    def wasted(self) -> int:
+        """Pages of windows whose stream ended before it came there."""
+        return int(lib.dmh_streams_wasted(self.pointer))

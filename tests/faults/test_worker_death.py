@@ -104,6 +104,8 @@ struct.pack_into("I", table, parked, 0)
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-E", "-c", self.CODE, *arguments], pass_fds=[look.table_fd]
         )
+        # Not before: where forks are followed, starting a process needs the monitor.
+        look.table.raw.park = NUMBERS[step] + 1
 
     def at_work(self) -> bool:
         return self.process.poll() is None

@@ -1,0 +1,263 @@
+/*
+ * Read-ahead: which pages a thread will want next, told from the faults it has had.  Pure: no system call, no shared state; the
+ * table's words are only looked at.  In C because every fault passes here.  dmh/prefetch/streams.py states the rules.
+ */
+#include "internal.h"
+
+#define STREAMS 8               /* kept for one thread; the one unused for longest goes */
+#define RECENT 16               /* faults that met no stream, kept to find new ones */
+#define FIRST_WINDOW 4          /* pages: a wrong guess costs little, and doubling makes a right one large soon */
+#define TWO_WINDOWS 8           /* pages of the limit; below, one window is better than two that are mostly markers */
+#define FARTHEST 64             /* pages; further apart, a window would bring in mostly what lies between */
+#define DOUBT_MOST 3
+#define SETS 256                /* of threads */
+#define WAYS 4
+#define PROVEN 2                /* a stream met so often is one; once may be chance */
+#define UNPROVEN_FAULTS 64      /* of its thread, after which a stream that is not proven is none */
+
+struct stream {
+    int64_t last;               /* the fault that extended it last */
+    int64_t stride;
+    int64_t marker;             /* the page left out, whose fault asks for the next window; last < marker <= next in its direction */
+    int64_t next;               /* the first page that was not asked for */
+    uint32_t window;            /* pages from one marker to the next */
+    uint32_t before, behind;    /* pages asked for up to the marker, and behind it: neither used nor wasted yet */
+    uint64_t used;              /* pages asked for and passed */
+    uint32_t met;               /* times a fault has met its marker */
+    uint64_t at;                /* the thread's count of faults then */
+    uint32_t resolver;          /* who was given its last window; 0: nobody yet */
+    uint64_t ticket;            /* done when completed[resolver] has come to it */
+};
+
+struct thread {
+    uint32_t id, doubt, widest; /* id 0: nobody.  doubt <= DOUBT_MOST; 1 <= widest <= limit of the window */
+    uint32_t nstreams, nrecent;
+    uint64_t faults, used_at;
+    struct stream stream[STREAMS]; /* the one met last stands first */
+    int64_t recent[RECENT];        /* a ring */
+};
+
+struct dmh_streams {
+    uint32_t limit, widest;
+    uint64_t clock, used, wasted;
+    struct stream *last;        /* whose windows were returned last; valid until the next call */
+    struct thread threads[SETS * WAYS];
+};
+
+/* limit: pages, the furthest to read ahead; 0: not at all. */
+struct dmh_streams *dmh_streams_new(uint32_t limit)
+{
+    struct dmh_streams *s = calloc(1, sizeof *s);
+    if (s) {
+        s->limit = limit < DMH_MAX_RUN ? limit : DMH_MAX_RUN;
+        s->widest = s->limit < TWO_WINDOWS ? s->limit : s->limit / 2;
+    }
+    return s;
+}
+
+void dmh_streams_free(struct dmh_streams *s) { free(s); }
+uint64_t dmh_streams_used(const struct dmh_streams *s) { return s->used; }
+uint64_t dmh_streams_wasted(const struct dmh_streams *s) { return s->wasted; }
+
+static struct thread *thread_of(struct dmh_streams *s, uint32_t id)
+{
+    struct thread *set = &s->threads[(id * 2654435761u >> 24) % SETS * WAYS], *oldest = set;
+    for (int i = 0; i < WAYS; i++) {
+        if (set[i].id == id && set[i].used_at) {
+            set[i].used_at = ++s->clock;
+            return &set[i];
+        }
+        if (set[i].used_at < oldest->used_at)
+            oldest = &set[i];
+    }
+    memset(oldest, 0, sizeof *oldest);
+    oldest->id = id;
+    oldest->widest = s->widest;
+    oldest->used_at = ++s->clock;
+    return oldest;
+}
+
+/* Does the page lie where the stream has asked for pages, or next to that? */
+static int covers(const struct stream *m, int64_t page)
+{
+    int64_t way = page - m->last;
+    return way % m->stride == 0 && way / m->stride > 0 && way / m->stride <= (m->next - m->last) / m->stride + 1;
+}
+
+static int is_local(const struct dmh_outlook *o, int64_t page)
+{
+    if (!o->words || page < 0 || (uint64_t)page >= o->pages)
+        return 0;
+    uint32_t state = word_state(LOAD(&o->words[page]));
+    return state == DMH_RESIDENT || state == DMH_FETCHING;
+}
+
+/* Ask for the window that begins at m->next, leaving out its first page: the marker.  A page that is local already would not fault, and is none. */
+static int open_window(struct stream *m, const struct dmh_outlook *o, struct dmh_window *out)
+{
+    for (uint32_t i = 0; i < m->window && is_local(o, m->next); i++)
+        m->next += m->stride;
+    m->marker = m->next;
+    *out = (struct dmh_window){ .first = m->next + m->stride, .stride = m->stride, .count = m->window - 1 };
+    m->next += m->stride * (int64_t)m->window;
+    m->behind += out->count;
+    return out->count > 0;
+}
+
+/* Ask for what follows `page`, of which nothing was asked for or nothing came; where the stream is proven, for the window after that, too. */
+static int begin(struct stream *m, int64_t page, const struct dmh_outlook *o, uint32_t limit, struct dmh_window *out)
+{
+    int n = 0;
+    uint32_t count = limit < TWO_WINDOWS ? m->window : m->window - 1;
+    m->next = page + m->stride;
+    if (count) {
+        out[n++] = (struct dmh_window){ .first = m->next, .stride = m->stride, .count = count };
+        m->next += m->stride * (int64_t)count;
+        m->before += count;
+    }
+    m->marker = m->next;
+    return limit < TWO_WINDOWS || m->met < PROVEN ? n : n + open_window(m, o, out + n);
+}
+
+static void widen(struct thread *t, struct stream *m, uint32_t widest)
+{
+    /* A thread whose scans have been short is believed again when one goes on for a while. */
+    if (m->window == t->widest && m->met % 4 == 0 && t->widest < widest)
+        t->widest = t->widest * 2 < widest ? t->widest * 2 : widest;
+    m->window = m->window * 2 < t->widest ? m->window * 2 : t->widest;
+}
+
+static void passed(struct dmh_streams *s, struct stream *m, uint32_t n)
+{
+    m->used += n;
+    s->used += n;
+}
+
+static void end_stream(struct dmh_streams *s, struct thread *t, const struct stream *m)
+{
+    uint32_t unused = m->before + m->behind;
+    s->wasted += unused;
+    if (m->met < PROVEN)
+        t->doubt += t->doubt < DOUBT_MOST;
+    else if (unused > m->used && t->widest > FIRST_WINDOW)
+        t->widest /= 2;
+}
+
+/* How many faults in a row, `stride` apart, have led to this page. */
+static uint32_t votes(const struct thread *t, int64_t page, int64_t stride)
+{
+    uint32_t n = 0, have = t->nrecent < RECENT ? t->nrecent : RECENT, found = 1;
+    while (found) {
+        found = 0;
+        page -= stride;
+        for (uint32_t i = 0; i < have && !found; i++)
+            found = t->recent[i] == page;
+        n += found;
+    }
+    return n;
+}
+
+/* The stride of a scan that this fault shows, or 0: one vote for a neighbour, two for anything else, more after wrong guesses. */
+static int64_t new_stride(const struct thread *t, int64_t page)
+{
+    uint32_t have = t->nrecent < RECENT ? t->nrecent : RECENT;
+    for (int64_t stride = 1; stride >= -1; stride -= 2)
+        if (votes(t, page, stride) >= 1 + t->doubt)
+            return stride;
+    for (uint32_t i = 1; i <= have; i++) {
+        int64_t stride = page - t->recent[(t->nrecent - i) % RECENT];
+        if (stride && stride <= FARTHEST && stride >= -FARTHEST && votes(t, page, stride) >= 2 + t->doubt)
+            return stride;
+    }
+    return 0;
+}
+
+/* Make place i of the thread's streams the first. */
+static struct stream *to_front(struct thread *t, uint32_t i)
+{
+    struct stream m = t->stream[i];
+    memmove(t->stream + 1, t->stream, i * sizeof m);
+    t->stream[0] = m;
+    t->stream[0].at = t->faults;
+    return t->stream;
+}
+
+/* Streams that were a guess, and wrong. */
+static void forget_unproven(struct dmh_streams *s, struct thread *t)
+{
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < t->nstreams; i++)
+        if (t->stream[i].met < PROVEN && t->faults - t->stream[i].at > UNPROVEN_FAULTS)
+            end_stream(s, t, &t->stream[i]);
+        else
+            t->stream[kept++] = t->stream[i];
+    t->nstreams = kept;
+}
+
+/* The marker of a stream was met: go on. */
+static int go_on(struct dmh_streams *s, struct thread *t, struct stream *m, int64_t page, const struct dmh_outlook *o,
+                 struct dmh_window *out)
+{
+    if (++m->met == PROVEN)
+        t->doubt -= t->doubt > 0;
+    passed(s, m, m->before);
+    m->before = m->behind;
+    m->behind = 0;
+    widen(t, m, s->widest);
+    m->last = page;
+    /* Nothing was asked for behind the marker yet, or the program goes on in the window that was. */
+    return m->marker == m->next ? begin(m, page, o, s->limit, out) : open_window(m, o, out);
+}
+
+/* The windows just returned were given to a resolver, which is done with them when completed[resolver] is `ticket`. */
+void dmh_streams_given(struct dmh_streams *s, uint32_t resolver, uint64_t ticket)
+{
+    s->last->resolver = resolver;
+    s->last->ticket = ticket;
+}
+
+static int on_its_way(const struct stream *m, const struct dmh_outlook *o, int64_t page)
+{
+    return m->resolver && o->completed && LOAD(&o->completed[m->resolver]) < m->ticket && covers(m, page);
+}
+
+/*
+ * A thread has faulted on a page: which windows to bring in now, at most two.  -N: none, because the page is in a window that resolver N has not
+ * come to yet.
+ */
+int dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, const struct dmh_outlook *o, struct dmh_window *out)
+{
+    int64_t page = (int64_t)fault;
+    if (!s->limit)
+        return 0;
+    struct thread *t = thread_of(s, thread);
+    s->last = t->stream; /* where to_front() puts it */
+    t->faults++;
+    for (uint32_t i = 0; i < t->nstreams; i++)
+        if (t->stream[i].marker == page)
+            return go_on(s, t, to_front(t, i), page, o, out);
+    for (uint32_t i = 0; i < t->nstreams; i++)
+        if (on_its_way(&t->stream[i], o, page))
+            return -(int)t->stream[i].resolver;
+    int64_t stride = new_stride(t, page);
+    t->recent[t->nrecent++ % RECENT] = page;
+    if (t->nrecent == 2 * RECENT)
+        t->nrecent = RECENT;
+    if (!stride)
+        return 0;
+    for (uint32_t i = 0; i < t->nstreams; i++)
+        if (t->stream[i].stride == stride && covers(&t->stream[i], page)) {
+            /* Its pages did not come (there was no room), or it has run past its marker, which another thread had brought in. */
+            struct stream *m = to_front(t, i);
+            passed(s, m, m->before + m->behind);
+            m->before = m->behind = 0;
+            m->last = page;
+            return begin(m, page, o, s->limit, out);
+        }
+    forget_unproven(s, t);
+    if (t->nstreams == STREAMS)
+        end_stream(s, t, &t->stream[--t->nstreams]);
+    memmove(t->stream + 1, t->stream, t->nstreams++ * sizeof *t->stream);
+    t->stream[0] = (struct stream){ .last = page, .stride = stride, .at = t->faults, .window = FIRST_WINDOW < t->widest ? FIRST_WINDOW : t->widest };
+    return begin(&t->stream[0], page, o, s->limit, out);
+}
