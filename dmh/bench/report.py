@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dmh import __version__
-from dmh.bench.rows import Row
+from dmh.bench.rows import Row, figure
 
 Sources = Mapping[str, list[Row]]
 """Name of a set of rows, such as "default" and "pinned" -> the rows."""
@@ -101,11 +101,6 @@ def table(rows: list[Row]) -> list[str]:
             f"{spread} | {row.runs} | {ratio} |"
         )
     return [*lines, ""]
-
-
-def figure(value: float) -> str:
-    """Three digits that say something, or more."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def reasons(rows: Iterable[Row]) -> dict[str, list[str]]:
