@@ -44,7 +44,7 @@ def draw(path: Path, name: str, sources: Mapping[str, list[Row]]) -> str:
     axes = picture.subplots(1, len(parts), squeeze=False)[0]
     for axis, (source, rows) in zip(axes, parts.items(), strict=True):
         _bars(axis, rows)
-        axis.set_title(name if len(parts) == 1 else f"{name}, {source}", loc="left", fontweight="bold")
+        axis.set_title(f"{name}, {source}", loc="left", fontweight="bold")
     picture.savefig(path, dpi=110)
     return path.name
 
