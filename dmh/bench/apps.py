@@ -38,7 +38,7 @@ from dmh.bench.subject import Here, Options, Subject, service, verify
 from dmh.bench.words import CHUNK, MASK, Words
 from dmh.bench.work import Memory
 
-LIMIT = 32 << 20
+LIMIT = 16 << 20
 RESIDENT, QUICK_RESIDENT = 64 << 20, 4 << 20
 METRIC, UNIT = "run time", "s"
 

@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dmh.bench.rows import Row
+from dmh.bench.rows import Row, figure
 
 mpl.use("Agg")  # no window, no display
 
@@ -44,7 +44,7 @@ def draw(path: Path, name: str, sources: Mapping[str, list[Row]]) -> str:
     axes = picture.subplots(1, len(parts), squeeze=False)[0]
     for axis, (source, rows) in zip(axes, parts.items(), strict=True):
         _bars(axis, rows)
-        axis.set_title(name if len(parts) == 1 else f"{name}, {source}", loc="left", fontweight="bold")
+        axis.set_title(f"{name}, {source}", loc="left", fontweight="bold")
     picture.savefig(path, dpi=110)
     return path.name
 
@@ -71,7 +71,7 @@ def _bars(axis: Axes, rows: list[Row]) -> None:
             axis.barh(position, row.median, height=0.8, color=COLOURS.get(row.subject, OTHER))
             axis.plot([row.median, row.p99], [position, position], color="#222222", linewidth=0.8)
             end = max(row.median, row.p99)
-            axis.text(end, position, f" {_short(row.median)}", va="center", fontsize=8)
+            axis.text(end, position, f" {figure(row.median)}", va="center", fontsize=8)
             ticks.append(position)
             labels.append(row.subject)
             tops.append((row.median, end))
@@ -89,7 +89,3 @@ def _bars(axis: Axes, rows: list[Row]) -> None:
     else:
         axis.set_xlim(0, furthest * 1.15 or 1)
     axis.set_xlabel(f"{rows[0].metric}, {rows[0].unit}: median, line to p99")
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -20,7 +20,7 @@ from dmh.bench.words import Accesses, Script, Words, uniform, zipf
 
 LIMIT = 64 << 20
 SKEW = 0.99
-ACCESSES = {"random": 40_000, "zipf": 150_000}
+ACCESSES = {"random": 20_000, "zipf": 60_000}
 QUICK_ACCESSES = 2_000
 SUBJECTS = ("floor-pager", "dmh", "dmh-pool", "mmap-random", "swap")
 BASELINE = "floor-pager"

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dmh import __version__
-from dmh.bench.rows import Row
+from dmh.bench.rows import Row, figure
 
 Sources = Mapping[str, list[Row]]
 """Name of a set of rows, such as "default" and "pinned" -> the rows."""
@@ -40,16 +40,15 @@ def _draw(directory: Path, sources: Sources) -> tuple[dict[str, str], str | None
     except ImportError:
         return {}, "No plots: matplotlib is not installed (`pip install dmh[bench]`)."
     return {
-        name: plots.draw(directory / f"{name}.png", name, {source: rows for source, rows in parts.items() if rows})
-        for name, parts in by_benchmark(sources).items()
+        name: plots.draw(directory / f"{name}.png", name, parts) for name, parts in by_benchmark(sources).items()
     }, None
 
 
 def by_benchmark(sources: Sources) -> dict[str, dict[str, list[Row]]]:
-    """Benchmark -> source -> its rows, in the order of first appearance."""
+    """Benchmark -> source that has it -> its rows, in the order of first appearance."""
     names = dict.fromkeys(row.benchmark for rows in sources.values() for row in rows)
     return {
-        name: {source: [row for row in rows if row.benchmark == name] for source, rows in sources.items()}
+        name: {source: part for source, rows in sources.items() if (part := [r for r in rows if r.benchmark == name])}
         for name in names
     }
 
@@ -78,7 +77,7 @@ def markdown(
         if name in pictures:
             lines += [f"![{name}]({pictures[name]})", ""]
         for source, rows in parts.items():
-            if len(parts) > 1:
+            if len(sources) > 1:
                 lines += [f"**{source}**", ""]
             lines += table([row for row in rows if row.median is not None])
             lines += _reasons(row for row in rows if row.median is None)
@@ -101,11 +100,6 @@ def table(rows: list[Row]) -> list[str]:
             f"{spread} | {row.runs} | {ratio} |"
         )
     return [*lines, ""]
-
-
-def figure(value: float) -> str:
-    """Three digits that say something, or more."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def reasons(rows: Iterable[Row]) -> dict[str, list[str]]:

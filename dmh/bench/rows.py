@@ -111,3 +111,8 @@ def summarize(
 def not_measured(benchmark: str, case: str, subject: str, metric: str, unit: str, why: str) -> Row:
     """The row of a subject that this machine does not have."""
     return Row(benchmark, case, subject, metric, unit, None, None, 0, None, None, None, why)
+
+
+def figure(value: float) -> str:
+    """Three digits that say something, or more."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -5,8 +5,9 @@ All have the same words and the same limit of local memory:
     floor-pager    a minimal pager in C (`dmh.bench.floor`); its page file is warm in the page cache
     dmh            faults that cannot block are resolved by the monitor where it stands
     dmh-pool       every fault goes through the pool of resolvers (`workers.inline: false`)
-    mmap, memmap   a file mapped by a process in a memory cgroup: `mmap` read by the C loops, `memmap` (numpy.memmap,
-                   the same mapping) by NumPy's; what does not fit comes from the disk
+    mmap, memmap   a file mapped by a process in a memory cgroup of the limit and 16 MiB for the process itself: `mmap`
+                   read by the C loops, `memmap` (numpy.memmap, the same mapping) by NumPy's; what does not fit comes
+                   from the disk
     mmap-random    the same with MADV_RANDOM: the kernel reads no neighbours
     swap           anonymous memory in such a cgroup, on a machine that has swap
 

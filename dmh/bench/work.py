@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dmh.bench.words import CHUNK, Words, fill
+from dmh.bench.words import Words, fill
 from dmh.native import check, ffi, lib
 
 Found = tuple[float, int]
@@ -109,8 +109,3 @@ def touch_at(base: Any, offsets: npt.NDArray[np.uint64], *, write: bool = False)
         base, ffi.from_buffer("uint64_t[]", offsets), len(offsets), write, ffi.from_buffer("uint64_t[]", times)
     )
     return times / 1000.0
-
-
-def chunks(length: int) -> range:
-    """Where pieces of `CHUNK` words begin."""
-    return range(0, length, CHUNK)

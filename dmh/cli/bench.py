@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dmh.bench import apps, idle, latency, random_access, remote, report, stream, threads
-from dmh.bench.rows import Row
+from dmh.bench.rows import Row, figure
 from dmh.bench.subject import Options
 from dmh.config import parse_size
 from dmh.errors import DmhError
@@ -132,7 +132,7 @@ def show(rows: list[Row]) -> None:
             continue
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x {row.baseline}"
         what = row.benchmark, row.case, row.subject, f"{row.metric}, {row.unit}"
-        figures = report.figure(row.median), report.figure(row.p99), f"{row.spread:.0%}", str(row.runs)
+        figures = figure(row.median), figure(row.p99), f"{row.spread:.0%}", str(row.runs)
         table.add_row(*what, *figures, ratio)
     console = Console(soft_wrap=True)
     if not console.is_terminal:

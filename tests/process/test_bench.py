@@ -18,7 +18,7 @@ from store_servers import require_program
 from dmh.bench import apps, random_access, stream, work
 from dmh.bench.cgroup import NoGroupError, memory_group
 from dmh.bench.floor import FloorPager
-from dmh.bench.mapped import MappedFile
+from dmh.bench.mapped import MappedFile, Swapped
 from dmh.bench.rows import Row, not_measured
 from dmh.bench.subject import MismatchError, Options
 from dmh.bench.words import MASK, Script, total, uniform, value, zipf
@@ -189,6 +189,16 @@ class TestGroup:
             usage = [path for name in ("memory.max_usage_in_bytes", "memory.peak") if (path := group / name).exists()]
             assert all(int(path.read_text()) <= limit + (17 << 20) for path in usage)
         assert not group.exists()
+
+    def test_memory_that_may_swap_is_held_to_a_group_too(self) -> None:
+        size = 8 << 20
+        try:
+            swapped = Swapped(size, 2 * size)
+        except NoGroupError as error:
+            pytest.skip(str(error))
+        with swapped:
+            swapped.call(work.fill_all)
+            assert swapped.call(work.read)[1] == total(0, size // 8)
 
     def test_an_error_in_the_process_is_raised_here(self) -> None:
         with MappedFile(16 * PAGE, None) as mapped, pytest.raises(TypeError):
