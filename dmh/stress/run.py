@@ -16,6 +16,7 @@ import json
 import os
 import random
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from dmh.config import Config, about
 from dmh.region.connection import Connection, start_service
 from dmh.service.clients import PROTOCOL
 from dmh.service.paths import SOCKET_VARIABLE, control_socket, service_directory
+from dmh.service.pool import STOP_SECONDS as POOL_STOP_SECONDS
 from dmh.stress.killer import Store, Workers
 from dmh.stress.look import LATER, Look, kinds_of
 from dmh.stress.plan import Plan
@@ -39,6 +41,8 @@ LOOK_SECONDS = 0.01
 SHOW_SECONDS = 0.25
 SETTLE_SECONDS = 15.0
 LOG_LINES = 20
+STOP_SECONDS = 2 * POOL_STOP_SECONDS
+"""Beyond the patience: the launcher kills a worker that does not stop, and that takes it a while."""
 
 
 class Program:
@@ -260,7 +264,7 @@ class Run:
                 os.close(fd)
             yield connection
         finally:
-            if not connection.close(self.plan.patience):
+            if not connection.close(self.plan.patience + STOP_SECONDS):
                 self.verdict.hangs.append("hang: the service did not end")
 
     @contextlib.contextmanager
@@ -294,11 +298,15 @@ class Run:
         deadline = time.monotonic() + 2.0
         while look.left() and time.monotonic() < deadline:
             time.sleep(0.01)  # children of the launcher end with it
-        leaks += [f"leak: process {pid} of the service is still there" for pid in look.left()]
+        for pid in look.left():
+            leaks.append(f"leak: process {pid} of the service is still there")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         look.close()
         directory = service_directory(self.config.region.name)
         if directory.exists():
             leaks.append(f"leak: {directory} is still there")
+            shutil.rmtree(directory, ignore_errors=True)
         after = kinds_of(os.getpid())
         leaks += [f"leak: {more} more of {kind} open in this process" for kind, more in (after - before).items()]
 
