@@ -89,6 +89,9 @@ class Launcher:
         """Everything up, or an error that says what is missing and nothing left behind."""
         try:
             self._start()
+        except OSError as error:
+            self.close()
+            raise ServiceError(f"the service cannot start: {error.strerror or error}") from error
         except BaseException:
             self.close()
             raise
