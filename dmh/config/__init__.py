@@ -17,6 +17,7 @@ from dmh.config.model import (
     StoreConfig,
     WorkersConfig,
     config_schema,
+    split_address,
 )
 from dmh.config.quantity import Amount, about, format_duration, format_size, parse_duration, parse_size
 from dmh.config.storeurl import store_schemes, without_password
@@ -41,6 +42,7 @@ __all__ = [
     "loads",
     "parse_duration",
     "parse_size",
+    "split_address",
     "store_schemes",
     "without_password",
 ]

@@ -34,6 +34,8 @@ REGION_SIZE_MAX = 1 << 46
 
 _NAME_FORM = "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
 _CPUS_FORM = '"auto", "any" or a list of CPU numbers such as [0, 2]'
+_ADDRESS_FORM = '"off" or host:port such as 127.0.0.1:9464 or "[::1]:9464"'
+_ADDRESS_PATTERN = r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):(?P<port>[0-9]{1,5})"
 _SIZE_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*(B|KiB|MiB|GiB|TiB|kB|MB|GB|TB)?\s*$"
 _PAGES_PATTERN = r"^\s*[0-9]+\s*pages?\s*$"
 
@@ -74,6 +76,20 @@ def _parse_cpus(value: object) -> str | tuple[int, ...]:
         if len(numbers) == len(value) == len(set(numbers)):
             return numbers
     raise refusal(value, _CPUS_FORM, "each CPU once, from 0" if isinstance(value, list | tuple) else "")
+
+
+def _parse_address(value: object) -> str:
+    if value is False or value == "off":  # YAML reads a bare off as false
+        return "off"
+    if isinstance(value, str) and (match := re.fullmatch(_ADDRESS_PATTERN, value)) and int(match["port"]) < 1 << 16:
+        return value
+    raise refusal(value, _ADDRESS_FORM)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of an address that the model has accepted."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _one_of(choices: tuple[str, ...]) -> AfterValidator:
@@ -118,6 +134,13 @@ _Cpus = Annotated[
     Literal["auto", "any"] | tuple[int, ...],
     BeforeValidator(_parse_cpus),
     WithJsonSchema({"anyOf": [{"enum": ["auto", "any"]}, _CPU_LIST]}),
+]
+
+
+_Address = Annotated[
+    str,
+    PlainValidator(_parse_address),
+    WithJsonSchema({"anyOf": [{"enum": ["off", False]}, {"type": "string", "pattern": "^.+:[0-9]{1,5}$"}]}),
 ]
 
 
@@ -234,7 +257,7 @@ class StoreConfig(_Section):
 
 
 class ServiceConfig(_Section):
-    """What programs do when processes of their service die."""
+    """What programs do when processes of their service die, and who may watch the service."""
 
     grace: _Seconds = Field(
         default=5.0,
@@ -244,6 +267,11 @@ class ServiceConfig(_Section):
     grace_launcher: _Seconds = Field(
         default=600.0,
         description="A program goes on this long while workers live and no launcher takes over from one that died.",
+    )
+    metrics: _Address = Field(
+        default="off",
+        description="Where the launcher serves its figures to Prometheus, as 127.0.0.1:9464: counters and sizes, to "
+        "whoever can connect.",
     )
 
 

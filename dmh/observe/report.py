@@ -170,9 +170,30 @@ def rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
             value = snapshot.counters.get(name, 0)
             if value or group not in ("other",):
                 text = f"{value / 2**20:,.1f} MiB" if name.endswith("_bytes") else f"{value:,}"
-                out.append((group, name.removesuffix("_bytes").replace("_", " "), text))
+                out.append((group, shown(name), text))
     out += [
         ("store", name, f"{value:,}" if isinstance(value, int) else str(value))
         for name, value in snapshot.store.items()
     ]
     return out
+
+
+def rates(now: Snapshot, before: Snapshot) -> dict[tuple[str, bool], str]:
+    """What each counter has gained a second: (its name as `rows` shows it, whether it counts bytes) -> figure.
+
+    Those that stand still are left out.
+    """
+    seconds = max(now.seconds - before.seconds, 1e-3)
+    gained = {name: (value - before.counters.get(name, 0)) / seconds for name, value in now.counters.items()}
+    return {
+        (shown(name), name.endswith("_bytes")): f"{gain / 2**20:,.1f} MiB"
+        if name.endswith("_bytes")
+        else f"{gain:,.0f}"
+        for name, gain in gained.items()
+        if gain
+    }
+
+
+def shown(counter: str) -> str:
+    """A counter's name for people."""
+    return counter.removesuffix("_bytes").replace("_", " ")

@@ -25,6 +25,7 @@ from dmh.config import Config, Limits, without_password
 from dmh.errors import KernelError, ServiceError
 from dmh.lspt.table import Bounds, Table
 from dmh.native import check, ffi, lib
+from dmh.observe import metrics
 from dmh.observe.report import Snapshot
 from dmh.region.extents import Extents
 from dmh.service import adoption, requirements
@@ -88,6 +89,9 @@ class Launcher:
         """Everything up, or an error that says what is missing and nothing left behind."""
         try:
             self._start()
+        except OSError as error:
+            self.close()
+            raise ServiceError(f"the service cannot start: {error.strerror or error}") from error
         except BaseException:
             self.close()
             raise
@@ -221,6 +225,8 @@ class Launcher:
         listener = Listener(self.socket_path)
         self._undo.callback(listener.close)
         self.watch(listener, lambda: self._accept(listener))
+        if self.config.service.metrics != "off":
+            self._undo.callback(metrics.serve(self.config.service.metrics, self.snapshot))
 
     # ---- the loop
 

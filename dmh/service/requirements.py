@@ -102,6 +102,7 @@ def check(config: Config) -> int:
     check_kernel(config.region.page_size)
     if lacking := [need.refusal() for need in needs(config) if need.missing]:
         raise ServiceError("\n".join(lacking))
+    check_pipe()
     return most_programs(config.workers.resolvers)
 
 
@@ -116,6 +117,18 @@ def check_kernel(page_size: int) -> None:
             "recv_into) fail with EFAULT instead of waiting.  To mend it: %s",
             USERFAULTFD_MEND,
         )
+
+
+def check_pipe() -> None:
+    """Refuse a user who gets no pipe at all; the smallest that the kernel makes will do."""
+    try:
+        limits.pipe_bytes(1)
+    except OSError as error:
+        hard = limits.setting("fs/pipe-user-pages-hard")
+        raise ServiceError(
+            f"no pipe can be made to capture pages with, one page of it would do ({error.strerror}): this user's pipes "
+            f"are used up (fs.pipe-user-pages-hard is {hard} pages); end what holds them, or raise it"
+        ) from error
 
 
 def kernel_problems(found: kernel.Userfaultfd, page_size: int) -> Iterator[tuple[str, str]]:

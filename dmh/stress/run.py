@@ -12,23 +12,24 @@ Owns the processes and the watchdog.  What a program does is `dmh.stress.program
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import selectors
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from dmh.config import Config, about
 from dmh.region.connection import Connection, start_service
 from dmh.service.clients import PROTOCOL
-from dmh.service.paths import SOCKET_VARIABLE, control_socket, service_directory
+from dmh.service.paths import control_socket, service_directory
+from dmh.service.pool import STOP_SECONDS as POOL_STOP_SECONDS
+from dmh.stress.child import Program
 from dmh.stress.killer import Store, Workers
 from dmh.stress.look import LATER, Look, kinds_of
 from dmh.stress.plan import Plan
@@ -39,74 +40,8 @@ LOOK_SECONDS = 0.01
 SHOW_SECONDS = 0.25
 SETTLE_SECONDS = 15.0
 LOG_LINES = 20
-
-
-class Program:
-    """One of the programs, as the run sees it."""
-
-    def __init__(self, plan: Plan, number: int, socket: Path, log: IO[bytes]) -> None:
-        self.number = number
-        self.phase = ""
-        self.operations = 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dmh.stress.program", plan.to_wire(), str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=os.environ | {SOCKET_VARIABLE: str(socket)},
-        )
-        assert self.process.stdout is not None
-        os.set_blocking(self.process.stdout.fileno(), False)
-        self._rest = b""
-        self._advanced = [time.monotonic()] * plan.threads
-        self._progress = [[-1, -1]] * plan.threads
-        self._doing = [""] * plan.threads
-
-    def go(self) -> None:
-        """The next phase may begin."""
-        self.phase = ""
-        self._advanced = [time.monotonic()] * len(self._advanced)
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(b"\n")
-            self.process.stdin.flush()
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        """What it has told since last time; nothing more after its end, which `phase` then says."""
-        assert self.process.stdout is not None
-        received = self.process.stdout.read1(1 << 16)  # type: ignore[attr-defined]
-        if not received and received is not None:
-            self.phase = "ended"
-        *lines, self._rest = (self._rest + (received or b"")).split(b"\n")
-        for line in lines:
-            facts: dict[str, Any] = json.loads(line)
-            if "progress" in facts:
-                self._note(facts["progress"], facts["doing"])
-            self.phase = facts.get("phase", self.phase)
-            yield facts
-
-    def _note(self, progress: list[list[int]], doing: list[str]) -> None:
-        now = time.monotonic()
-        for thread, (before, after) in enumerate(zip(self._progress, progress, strict=True)):
-            if before[0] != after[0] or not doing[thread]:
-                self._advanced[thread] = now
-        self._progress, self._doing = progress, doing
-        self.operations = sum(done for done, _ in progress)
-
-    def stuck(self, patience: float, look: Look) -> Iterator[str]:
-        """Which of its threads have made no progress for so long, and in what."""
-        now = time.monotonic()
-        for thread, since in enumerate(self._advanced):
-            if now - since > patience:
-                page = self._progress[thread][1]
-                where = f", at {look.page(page)}" if page >= 0 else ""
-                what = self._doing[thread] or "starting"
-                yield f"hang: thread {thread} of program {self.number}, {what}, for {now - since:.0f} s{where}"
-
-    def how_it_ended(self) -> str:
-        """For a message."""
-        status = self.process.wait()
-        return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+STOP_SECONDS = 2 * POOL_STOP_SECONDS
+"""Beyond the patience: the launcher kills a worker that does not stop, and that takes it a while."""
 
 
 class Run:
@@ -260,7 +195,7 @@ class Run:
                 os.close(fd)
             yield connection
         finally:
-            if not connection.close(self.plan.patience):
+            if not connection.close(self.plan.patience + STOP_SECONDS):
                 self.verdict.hangs.append("hang: the service did not end")
 
     @contextlib.contextmanager
@@ -294,11 +229,15 @@ class Run:
         deadline = time.monotonic() + 2.0
         while look.left() and time.monotonic() < deadline:
             time.sleep(0.01)  # children of the launcher end with it
-        leaks += [f"leak: process {pid} of the service is still there" for pid in look.left()]
+        for pid in look.left():
+            leaks.append(f"leak: process {pid} of the service is still there")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         look.close()
         directory = service_directory(self.config.region.name)
         if directory.exists():
             leaks.append(f"leak: {directory} is still there")
+            shutil.rmtree(directory, ignore_errors=True)
         after = kinds_of(os.getpid())
         leaks += [f"leak: {more} more of {kind} open in this process" for kind, more in (after - before).items()]
 

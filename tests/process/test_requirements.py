@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import resource
@@ -15,7 +16,9 @@ from regions import run_python, settings, unique_name
 
 import dmh
 from dmh.errors import ServiceError, StoreError
+from dmh.machine import limits
 from dmh.machine.memory import group_directories
+from dmh.service.requirements import check
 
 LIBC = ctypes.CDLL(None)
 PR_CAPBSET_DROP = 24
@@ -279,6 +282,17 @@ class TestSmallPipes:
         )
         overrides = [f"region.page_size={page_size}", "region.size=4MiB", "memory.limit=1MiB"]
         assert outcome(code, *overrides, preexec_fn=without_capabilities) == "right 0\n"
+
+
+def test_a_user_without_any_pipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fs.pipe-user-pages-hard is the whole machine's, and not for a test to change: the kernel's answer is played."""
+
+    def refused(wanted: int) -> int:
+        raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
+    monkeypatch.setattr(limits, "pipe_bytes", refused)
+    with pytest.raises(ServiceError, match=r"no pipe can be made.*pipe-user-pages-hard is \d+ pages"):
+        check(settings())
 
 
 def test_a_stopped_flood_of_connections_leaves_the_service_alive(open_region: OpenRegion) -> None:

@@ -88,7 +88,7 @@ def test_defaults() -> None:
         "evictor": {"policy": "fifo", "idle": "buffer", "buffer": 0.04, "batch": 256},
         "prefetch": {"enabled": True, "window": "1MiB"},
         "store": {"url": "file:///var/tmp/x", "timeout": 30.0, "on_failure": "wait"},
-        "service": {"grace": 5.0, "grace_launcher": 600.0},
+        "service": {"grace": 5.0, "grace_launcher": 600.0, "metrics": "off"},
     }
     assert POLICIES == ("fifo", "idle-walk")
     assert IDLE_SOURCES == ("buffer",)
