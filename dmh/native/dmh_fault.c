@@ -12,7 +12,9 @@ static void ring_at_high(struct dmh_ctx *c, uint64_t page, uint64_t granted)
     uint64_t local = LOAD(&c->s->resident) + LOAD(&c->s->staged), none = 0;
     if (local <= c->s->high || word_state(LOAD(&c->words[page])) == DMH_STAGED)
         return;
-    CAS(&c->s->rung_at, &none, local - granted > c->s->high ? local - granted : c->s->high);
+    /* Where somebody has rung since LPET last began or ended a run, it comes: it looks at what is local before it sleeps. */
+    if (!CAS(&c->s->rung_at, &none, local - granted > c->s->high ? local - granted : c->s->high))
+        return;
     count(c, DMH_C_RINGS, 1);
     dmh_ring_bell(c->s);
 }
