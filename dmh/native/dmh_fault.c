@@ -312,7 +312,8 @@ int bring_ahead(struct dmh_ctx *c, struct dmh_request *r)
         if (claimed < 0)
             break;
         if (p->room_wanted) {
-            if (waits++ == DMH_AHEAD_WAITS)
+            /* No thread has faulted for a program's wish: it takes what room there is, and pushes nothing out for more. */
+            if (!r->thread || waits++ == DMH_AHEAD_WAITS)
                 break;
             dmh_wait_room(c, 1, DMH_AHEAD_MS);
             continue;
