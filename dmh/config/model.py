@@ -233,7 +233,7 @@ class PrefetchConfig(_Section):
 
     enabled: bool = Field(default=True, description="Read ahead of sequential and strided access.")
     window: _Extent = Field(
-        default=Amount(MIB, "bytes"),
+        default=Amount(4 * MIB, "bytes"),
         description="The furthest to read ahead: a size or a page count; never above an eighth of resident memory.",
     )
 

@@ -58,7 +58,7 @@ class Resolver:
                 if demand:
                     self._table.count(self._number, "room_waits")
                     lib.dmh_wait_room(self._context, False, ROOM_WAIT_MS)
-                elif waits < lib.DMH_AHEAD_WAITS:
+                elif request.thread and waits < lib.DMH_AHEAD_WAITS:  # without a thread it is a program's wish
                     waits += 1
                     lib.dmh_wait_room(self._context, True, lib.DMH_AHEAD_MS)
                 else:

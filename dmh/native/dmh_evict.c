@@ -93,7 +93,7 @@ void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uin
         if (punch(c, offset + moved, k) < 0)
             dmh_die("punching a hole at offset %llu failed: %s", (unsigned long long)(offset + moved), strerror(errno));
         AT(c, DMH_AT_PUNCHED);
-        if (pages_present(c, offset + moved, k))
+        if (!nothing_present(c, offset + moved, k))
             dmh_die("offset %llu still has data after the punch (huge pages in shared memory?); stopping before a byte is "
                     "lost", (unsigned long long)(offset + moved));
         if (__builtin_expect(c->s->park == DMH_AT_READ_PARTLY + 1, 0) && k > DMH_KERNEL_PAGE) {

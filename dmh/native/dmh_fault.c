@@ -12,7 +12,9 @@ static void ring_at_high(struct dmh_ctx *c, uint64_t page, uint64_t granted)
     uint64_t local = LOAD(&c->s->resident) + LOAD(&c->s->staged), none = 0;
     if (local <= c->s->high || word_state(LOAD(&c->words[page])) == DMH_STAGED)
         return;
-    CAS(&c->s->rung_at, &none, local - granted > c->s->high ? local - granted : c->s->high);
+    /* Where somebody has rung since LPET last began or ended a run, it comes: it looks at what is local before it sleeps. */
+    if (!CAS(&c->s->rung_at, &none, local - granted > c->s->high ? local - granted : c->s->high))
+        return;
     count(c, DMH_C_RINGS, 1);
     dmh_ring_bell(c->s);
 }
@@ -310,7 +312,8 @@ int bring_ahead(struct dmh_ctx *c, struct dmh_request *r)
         if (claimed < 0)
             break;
         if (p->room_wanted) {
-            if (waits++ == DMH_AHEAD_WAITS)
+            /* No thread has faulted for a program's wish: it takes what room there is, and pushes nothing out for more. */
+            if (!r->thread || waits++ == DMH_AHEAD_WAITS)
                 break;
             dmh_wait_room(c, 1, DMH_AHEAD_MS);
             continue;

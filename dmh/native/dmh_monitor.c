@@ -202,6 +202,8 @@ int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
     p->ns = r->ns;
     p->found[0] = 1;
     count_done(c); /* what is left does not block: the next request may come here */
+    if (!c->worker)
+        count(c, DMH_C_INLINE, 1);
     dmh_install(c, p, c->page_buffer, 1);
     report_lost(p);
     return 1;
@@ -210,10 +212,8 @@ int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
 /* Resolved on the spot, or handed to a resolver that is awake.  0: neither. */
 static int resolve_here(struct dmh_ctx *c, struct dmh_request *r)
 {
-    if (c->inline_on && dmh_resolve_inline(c, r)) {
-        count(c, DMH_C_INLINE, 1);
+    if (dmh_resolve_inline(c, r))
         return 1;
-    }
     r->resolver = dmh_hand_over(c, r);
     return r->resolver == 0;
 }

@@ -189,6 +189,7 @@ struct view *find_view(struct dmh_ctx *c, uint32_t id);
 struct view *own_view(struct dmh_ctx *c);
 void wake_others(struct dmh_ctx *c, struct view *except, uint64_t page, uint64_t n);
 uint64_t pages_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
+int nothing_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
 int page_is_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
 
 #endif

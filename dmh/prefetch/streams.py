@@ -3,20 +3,20 @@
 Owns the rules and the state behind them; does not bring anything in (`workers/monitor.py` hands the windows on).  Every
 fault passes here, so the decisions are C (``dmh/native/dmh_streams.c``); these are the rules:
 
-* A thread has several *streams* (``a = b + c * d`` has four). A fault that meets none votes: it starts a stream when
+* A thread has several *streams* (``a = b + c * d`` has four).  A fault that meets none votes: it starts a stream when
   the faults before it lead up to it in equal steps, one of them for a step of one page, two for longer ones (up to 64
   pages).
-* A stream keeps two windows ahead of the program: the one it walks through, and the one it will need. The first page
-  of each window is left out: it is the *marker*. Its fault, resolved by itself in a few microseconds, asks for the
-  window after, which is fetched while the program works on this one. A page that is local already would not fault, so
-  it is no marker.
+* A stream keeps two windows ahead of the program: the one it walks through, and the one it will need.  The first page
+  of each window is left out: it is the *marker*.  Its fault, resolved by itself in a few microseconds, asks for the
+  window after, which is fetched while the program works on this one.  A page that is local already would not fault,
+  so it is no marker.
 * Windows start at 4 pages and double at each marker, up to half the limit; a stream is proven when two markers were
   met.
 * A fault elsewhere in a stream's windows: where a resolver has them still to do, the fault is put behind them,
-  because a page alone costs as much as five in a window. Otherwise pages did not come (there was no room); when the
+  because a page alone costs as much as five in a window.  Otherwise pages did not come (there was no room); when the
   faults before it vote for the stream, they are asked for again, and nothing grows.
 * What does not pay is given up: a stream that is never proven makes the thread's next one need a vote more (at most
-  three); one that has wasted more than it used halves the thread's widest window. Streams that go on earn both back.
+  three); one that has wasted more than it used halves the thread's widest window.  Streams that go on earn both back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dmh.native import ffi, lib
 
 
 class Window(NamedTuple):
-    """Pages to bring in: `pages` of them from `first`, `stride` apart."""
+    """Pages to bring in: so many from `first`, `stride` apart."""
 
     first: int
     stride: int

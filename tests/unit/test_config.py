@@ -86,7 +86,7 @@ def test_defaults() -> None:
         "memory": {"limit": 64 << 20, "high": 0.94, "low": 0.88},
         "workers": {"resolvers": 2, "inline": True, "spin_us": "auto", "cpus": "auto"},
         "evictor": {"policy": "fifo", "idle": "buffer", "buffer": 0.04, "batch": 256},
-        "prefetch": {"enabled": True, "window": "1MiB"},
+        "prefetch": {"enabled": True, "window": "4MiB"},
         "store": {"url": "file:///var/tmp/x", "timeout": 30.0, "on_failure": "wait"},
         "service": {"grace": 5.0, "grace_launcher": 600.0, "metrics": "off"},
     }
@@ -634,7 +634,7 @@ def test_the_schema_describes_every_setting() -> None:
     settings_of = {name: section["properties"] for name, section in schema["$defs"].items()}
     assert settings_of["EvictorConfig"]["policy"]["enum"] == list(POLICIES)
     assert settings_of["MemoryConfig"]["high"]["default"] == 0.94
-    assert settings_of["PrefetchConfig"]["window"]["default"] == "1MiB"
+    assert settings_of["PrefetchConfig"]["window"]["default"] == "4MiB"
 
 
 # -- dmh config --
@@ -656,7 +656,7 @@ def test_check_shows_what_the_settings_come_to(tmp_path: Path, capsys: pytest.Ca
     assert rows["region.size"].split(maxsplit=1) == ["1GiB", "262,144 pages = 1 GiB"]
     assert rows["memory.limit"].split(maxsplit=1) == ["1MiB", "256 pages = 1 MiB, 246 of them for resident pages"]
     assert rows["memory.high"].split(maxsplit=1) == ["0.94", "240 pages = 960 KiB: eviction starts"]
-    assert rows["prefetch.window"].split(maxsplit=1) == ["1MiB", "30 pages = 120 KiB ahead at most"]
+    assert rows["prefetch.window"].split(maxsplit=1) == ["4MiB", "30 pages = 120 KiB ahead at most"]
     assert rows["store.url"] == "redis://:***@h/0"
     assert rows["store.timeout"] == "30s"
     assert len(rows) == sum(len(section) for section in loads(MINIMAL).model_dump().values())

@@ -45,7 +45,7 @@ def refused(configuration: Config) -> list[str]:
         (9, 1, 8, 8, 7, 1, 1),
         (16, 1, 15, 15, 14, 1, 1),
         (100, 4, 96, 94, 88, 12, 4),
-        (262144, 10485, 251659, 246415, 230686, 256, 256),
+        (262144, 10485, 251659, 246415, 230686, 1024, 256),
     ],
 )
 def test_defaults(limit: int, buffer: int, resident_max: int, high: int, low: int, window: int, batch: int) -> None:
@@ -86,7 +86,7 @@ def test_the_window() -> None:
     assert Limits.of(config(1 << 30, window="10 pages", enabled=False)).window == 0
     assert Limits.of(config(100 * 4096, window="50 pages")).window == 12
     # 1 MiB of 2 MiB pages: reading ahead is on, so it is one page.
-    assert Limits.of(config(1 << 30, page_size=2 << 20)).window == 1
+    assert Limits.of(config(1 << 30, window=1 << 20, page_size=2 << 20)).window == 1
 
 
 # -- contradictions --

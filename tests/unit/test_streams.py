@@ -165,7 +165,7 @@ def test_a_page_that_is_local_is_no_marker() -> None:
     outlook.words, outlook.pages = ffi.from_buffer("uint64_t[]", words), len(words)
     for page in (0, 1, 5, 13):
         n = lib.dmh_streams_observe(streams.pointer, 1, page, outlook, windows)
-    assert [(w.first, w.pages) for w in windows[0:n]] == [(14, 15), (33, 15)]  # the marker is page 32
+    assert [(w.first, w.count) for w in windows[0:n]] == [(14, 15), (33, 15)]  # the marker is page 32
 
 
 def test_a_fault_in_a_window_that_is_still_to_come_waits_behind_it() -> None:
