@@ -24,7 +24,7 @@ from dmh.native import lib
 from dmh.service.channel import Message
 from dmh.service.recovery import recover, restore_pins
 from dmh.service.worker import Worker
-from dmh.store.registry import spec_from_wire, store_class
+from dmh.store import registry
 from dmh.store.retry import Stopped
 
 IDLE_MS = 1000
@@ -150,12 +150,12 @@ def main() -> None:
     worker = Worker("evictor")
     evictor = Evictor(worker)
     worker.start(on_stop=lambda: None)
-    spec = spec_from_wire(worker.setup.store)
+    spec = registry.spec_from_wire(worker.setup.store)
     try:
         evictor.run()
     finally:
         evictor.store.close()
-        worker.after_launcher(lambda: store_class(spec.url).remove(spec))
+        worker.after_launcher(lambda: registry.remove(spec))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dmh.lspt.states import Copy, State
 from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
-from dmh.store.base import Store
+from dmh.store.base import OpenStore
 from dmh.store.retry import Retry, Stopped
 
 log = logging.getLogger("dmh")
@@ -39,7 +39,7 @@ class Leaver:
         number: int,
         slots: npt.NDArray[np.uint8],
         pipe: tuple[int, int],
-        store: Store,
+        store: OpenStore,
         retry: Retry,
     ) -> None:
         self._table = table

@@ -15,7 +15,7 @@ from dmh.errors import StoreError
 from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
-from dmh.store.base import Store
+from dmh.store.base import OpenStore
 from dmh.store.retry import Retry, Stopped
 from dmh.wire import Request
 
@@ -28,7 +28,7 @@ class Resolver:
     """Resolves one request at a time."""
 
     def __init__(
-        self, table: Table, context: Any, number: int, window: int, store: Store, retry: Retry, region: str
+        self, table: Table, context: Any, number: int, window: int, store: OpenStore, retry: Retry, region: str
     ) -> None:
         self._table = table
         self._context = context

@@ -196,7 +196,7 @@ struct dmh_plan {
     uint64_t word[1024];        /* the claim: the word as this worker left it */
     uint8_t  kind[1024];        /* DMH_NEW, DMH_STORED, DMH_STAGED: what it was */
     uint64_t stored[1024];      /* page numbers to fetch */
-    uint8_t  found[1024];       /* filled in by the store: row i of the buffer holds stored[i] */
+    uint8_t  found[1024];       /* filled in by the store: 1 row i of the buffer holds stored[i], 0 it has no such page, 2 it is damaged */
     uint64_t lost[8];           /* out: pages that were found missing or altered */
     uint8_t  lost_why[8];       /* DMH_LOST_... */
     uint32_t lost_n;

@@ -249,7 +249,7 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
         } else if (p->kind[i] == DMH_STORED) {
             uint32_t good = 0;
             for (; good < k; good++)
-                if (!p->found[row + good] || dmh_hash(buffer + (row + good) * size, size) != LOAD(&c->sums[p->page[i + good]]))
+                if (p->found[row + good] != 1 || dmh_hash(buffer + (row + good) * size, size) != LOAD(&c->sums[p->page[i + good]]))
                     break;
             if (!good) {
                 lose(c, p, i, p->found[row] ? DMH_LOST_ALTERED : DMH_LOST_MISSING);
