@@ -164,7 +164,12 @@ class Worker:
             wait=self.setup.retry["wait"],
             stopping=self.stopping,
             on_retry=lambda: self.table.count(number, "store_retries"),
+            on_outage=self._note_outage,
         )
+
+    def _note_outage(self, since: float) -> None:
+        # Read by `dmh stats`, through the evictor.
+        self.table.raw.store_away[self.setup.number] = int(since * 1e9)
 
     def handle(self, operation: str, handler: Callable[[Message], Message | None]) -> None:
         """Answer a control operation; runs in the control thread.  A handler that returns None answers later,

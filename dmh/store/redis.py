@@ -73,9 +73,7 @@ class RedisStore(Store):
 
     @classmethod
     def open(cls, spec: StoreSpec, descriptors: Sequence[int]) -> RedisStore:
-        store = cls(spec)
-        store._link.call("PING")  # connects, and so learns which process the server is
-        return store
+        return cls(spec)  # connects at the first request: a worker that is replaced while the server is away comes up
 
     @classmethod
     def remove(cls, spec: StoreSpec) -> None:
@@ -150,6 +148,10 @@ class RedisStore(Store):
             if monotonic() > deadline:
                 raise self._link.unavailable(f"its append-only file was not on disk after {self._spec.timeout} s")
 
+    def epoch(self) -> str | None:
+        self._link.call("PING")  # connects again if need be, and so learns which process the server is
+        return self._link.run_id
+
     def close(self) -> None:
         self._link.close()
 
@@ -157,7 +159,7 @@ class RedisStore(Store):
         figures: dict[str, Any] = {"address": self._link.address}
         try:
             info = self._link.info()
-        except StoreUnavailable as error:
+        except StoreError as error:
             figures["unavailable"] = str(error)
         else:
             figures["server_version"] = info.get("valkey_version") or info.get("redis_version")
