@@ -114,7 +114,7 @@ class Evictor:
         """
         began = message.get("began") or time.monotonic()
         if self.leaver.has_failed_since(began):
-            return {"error": f"the store did not take every page: {self.leaver.outage()}"}
+            return {"error": f"the store did not take every page: {self.leaver.reason}"}
         self.requests.put(message | {"todo": todo, "began": began})
         lib.dmh_wait_bell(self.table.raw, self.table.raw.bell, min(self.leaver.rest_ms, AWAY_MS) or 1)
         return None
@@ -154,14 +154,18 @@ class Evictor:
         return {}
 
     def _store_stats(self, message: Message) -> Message:
-        figures = {} if self.leaver.away else self.store.stats()  # one that does not answer is not asked again for this
-        reason = self.leaver.outage() or figures.get("unavailable", "")
-        return {"store": {"state": reason or self._who_waits() or "available"} | figures}
+        # One that does not answer is not asked again for this.
+        figures = {} if self.leaver.away else self.store.stats()
+        return {"store": {"state": self._state_of_store(str(figures.get("unavailable", "")))} | figures}
 
-    def _who_waits(self) -> str:
-        since = [int(ns) for ns in self.table.raw.store_away if ns]
-        seconds = time.monotonic() - min(since) / 1e9 if since else 0.0
-        return f"unavailable since {seconds:.0f} s to {len(since)} workers: see the log" if since else ""
+    def _state_of_store(self, said: str) -> str:
+        """What is wrong with the store, to the evictor or to a resolver; `said`: by itself, just now."""
+        now = time.monotonic()
+        outages = [int(ns) / 1e9 for ns in self.table.raw.store_away if ns]
+        reason = self.leaver.reason or said
+        if not outages and not reason:
+            return "available"
+        return f"unavailable since {now - min([now, *outages]):.0f} s: {reason or 'see the log'}"
 
 
 def main() -> None:

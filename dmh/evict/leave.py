@@ -334,11 +334,10 @@ class Leaver:
         self._table.copies[pages] = Copy.NONE
         self._table.count(self._number, "deleted", len(pages))
 
-    def outage(self) -> str:
-        """What is wrong with the store, for people; empty where it answers."""
-        return (
-            f"unavailable since {time.monotonic() - self._retry.since:.0f} s: {self._retry.reason}" if self.away else ""
-        )
+    @property
+    def reason(self) -> str:
+        """What the store said last, where it is away."""
+        return self._retry.reason
 
     def has_failed_since(self, began: float) -> bool:
         """The store is away, and a request of that time (monotonic clock) has waited for it as long as it is to."""
