@@ -62,6 +62,8 @@ class Leaver:
         self._views = views
         self._rotor = 0
         self._epoch: str | None = None
+        with contextlib.suppress(StoreError):  # then the first answer counts as another store's
+            self._epoch = store.epoch()
         self._trusted_at = 0.0
 
     @property
@@ -151,6 +153,7 @@ class Leaver:
         try:
             self._retry.attempt("writing pages", lambda: self._store.put_many(pages, self._contents(slots)))
         except StoreError:
+            self._trusted_at = 0.0
             return done  # the others stay STAGED, which counts against the limit, until a later run can write them
         self._table.count(self._number, "write_calls")
         lib.dmh_step(self._context, NUMBERS["put"])
@@ -176,7 +179,7 @@ class Leaver:
         except StoreError:
             self._table.copies[local] = Copy.UNKNOWN
             return
-        if epoch != self._epoch and self._epoch is not None:
+        if epoch != self._epoch:
             self.distrust()
         self._epoch, self._trusted_at = epoch, now
 
