@@ -9,8 +9,10 @@ from dmh.store.base import PageBytes, PageNumbers, StoreSpec
 REGION_ID = bytes(range(100, 116))
 
 
-def spec_for(url: str, *, region_id: bytes = REGION_ID, page_size: int = 4096, timeout: float = 5.0) -> StoreSpec:
-    return StoreSpec(url, "heap", region_id, page_size, pages=1 << 20, timeout=timeout)
+def spec_for(
+    url: str, *, region_id: bytes = REGION_ID, page_size: int = 4096, timeout: float = 5.0, encrypt: str = "none"
+) -> StoreSpec:
+    return StoreSpec(url, "heap", region_id, page_size, pages=1 << 20, timeout=timeout, encrypt=encrypt)
 
 
 def numbers(*pages: int) -> PageNumbers:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import time
 
 import numpy as np
+import numpy.typing as npt
 
 from dmh.evict.leave import Leaver
 from dmh.evict.lpet import Lpet
@@ -24,12 +26,14 @@ from dmh.native import lib
 from dmh.service.channel import Message
 from dmh.service.recovery import recover, restore_pins
 from dmh.service.worker import Worker
-from dmh.store.registry import spec_from_wire, store_class
+from dmh.store import registry
 from dmh.store.retry import Stopped
 
 IDLE_MS = 1000
 BUSY_MS = 2
 """How long to wait before looking again when everything is pinned or being fetched."""
+AWAY_MS = 50
+"""The same while the store does not answer; a request that comes meanwhile is answered at once."""
 
 
 class Evictor:
@@ -41,7 +45,12 @@ class Evictor:
         self.store = worker.open_store()
         recover(worker, self.store)
         pipe = worker.pipe_out, worker.pipe_in
-        self.leaver = Leaver(self.table, worker.context, setup.number, worker.slots, pipe, self.store, worker.retry())
+        self.leaver = Leaver(
+            self.table, worker.context, setup.number, worker.slots, pipe, self.store, worker.retry(),
+            lambda: list(worker.programs),
+        )  # fmt: skip
+        if setup.restarted:
+            self.leaver.distrust()  # the store may have been restarted as well, and who would have noticed is dead
         self.lpet = Lpet(self.table, POLICIES[setup.policy](), self.leaver, setup.batch, setup.number)
         self.requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
         for operation in ("discard", "evict", "flush", "pin", "unpin", "pins-in-force", "store-stats"):
@@ -65,9 +74,11 @@ class Evictor:
             self.lpet.learn()
             short = self.lpet.run(lambda: not stopping.is_set())
             if short:
-                lib.dmh_wait_bell(raw, raw.bell, BUSY_MS)
-            elif self.requests.empty() and not self.lpet.due() and not lib.dmh_wait_bell(raw, seen, IDLE_MS):
-                self.leaver.delete_stale()
+                lib.dmh_wait_bell(raw, raw.bell, max(BUSY_MS, min(self.leaver.rest_ms, AWAY_MS)))
+            elif self.requests.empty() and not self.lpet.due():
+                pause = min(self.leaver.rest_ms, IDLE_MS) or IDLE_MS
+                if not lib.dmh_wait_bell(raw, seen, pause) and self.leaver.tidy():
+                    self.lpet.resync()
 
     def _answer_requests(self) -> None:
         for _ in range(self.requests.qsize()):
@@ -96,35 +107,36 @@ class Evictor:
         lib.dmh_wait_bell(self.table.raw, self.table.raw.bell, 1)
         return None
 
-    def _arriving(self, message: Message) -> bool:
-        """Put a request off while pages of its range are on their way in.
+    def _again(self, message: Message, todo: npt.NDArray[np.uint64]) -> Message | None:
+        """Put a request off that has pages left: they are on their way in, or the store does not take them.
 
-        A program runs on as soon as its page is there, a moment before the table says RESIDENT, and may ask then.
+        While the store is away other requests have their turn; this one waits for it as a page fault would.
         """
-        first, end = message["first"], message["first"] + message["count"]
-        coming = message.get("coming")
-        states = self.table.words[first:end] & np.uint64(15)
-        fetching = (np.flatnonzero(states == State.FETCHING) + first).tolist()
-        if coming is not None:
-            fetching = sorted(set(coming) & set(fetching))
-        if fetching:
-            self.requests.put(message | {"coming": fetching})
-            lib.dmh_wait_bell(self.table.raw, self.table.raw.bell, 1)
-        return bool(fetching)
+        began = message.get("began") or time.monotonic()
+        if self.leaver.has_failed_since(began):
+            return {"error": f"the store did not take every page: {self.leaver.reason}"}
+        self.requests.put(message | {"todo": todo, "began": began})
+        lib.dmh_wait_bell(self.table.raw, self.table.raw.bell, min(self.leaver.rest_ms, AWAY_MS) or 1)
+        return None
 
     def _evict(self, message: Message) -> Message | None:
-        if self._arriving(message):
-            return None
-        first, end = message["first"], message["first"] + message["count"]
-        for state in (State.RESIDENT, State.STAGED):
-            self.lpet.evict(self.table.in_state(state, first, end))
-        return {}
+        todo = self._todo(message)
+        states = self.table.words[todo] & np.uint64(15)
+        # A program runs on as soon as its page is there, a moment before the table says RESIDENT, and may ask then.
+        arriving = todo[states == State.FETCHING]
+        left = self.lpet.evict(todo[(states == State.RESIDENT) | (states == State.STAGED)])
+        left = np.concatenate([arriving, left])
+        return self._again(message, left) if len(left) else {}
 
     def _flush(self, message: Message) -> Message | None:
-        if self._arriving(message):
-            return None
-        complete = self.leaver.flush(message["first"], message["first"] + message["count"])
-        return {} if complete else {"error": "the store did not take every page; see the evictor's log"}
+        left = self.leaver.flush(self._todo(message))
+        if len(left) or not self.leaver.make_durable():
+            return self._again(message, left)
+        return {}
+
+    def _todo(self, message: Message) -> npt.NDArray[np.uint64]:
+        first, todo = message["first"], message.get("todo")
+        return self.leaver.local(first, first + message["count"]) if todo is None else todo
 
     def _pin(self, message: Message) -> Message:
         problem = self.lpet.pin(message["first"], message["count"])
@@ -142,7 +154,18 @@ class Evictor:
         return {}
 
     def _store_stats(self, message: Message) -> Message:
-        return {"store": self.store.stats()}
+        # One that does not answer is not asked again for this.
+        figures = {} if self.leaver.away else self.store.stats()
+        return {"store": {"state": self._state_of_store(str(figures.get("unavailable", "")))} | figures}
+
+    def _state_of_store(self, said: str) -> str:
+        """What is wrong with the store, to the evictor or to a resolver; `said`: by itself, just now."""
+        now = time.monotonic()
+        outages = [int(ns) / 1e9 for ns in self.table.raw.store_away if ns]
+        reason = self.leaver.reason or said
+        if not outages and not reason:
+            return "available"
+        return f"unavailable since {now - min([now, *outages]):.0f} s: {reason or 'see the log'}"
 
 
 def main() -> None:
@@ -150,12 +173,12 @@ def main() -> None:
     worker = Worker("evictor")
     evictor = Evictor(worker)
     worker.start(on_stop=lambda: None)
-    spec = spec_from_wire(worker.setup.store)
+    spec = registry.spec_from_wire(worker.setup.store)
     try:
         evictor.run()
     finally:
         evictor.store.close()
-        worker.after_launcher(lambda: store_class(spec.url).remove(spec))
+        worker.after_launcher(lambda: registry.remove(spec))
 
 
 if __name__ == "__main__":

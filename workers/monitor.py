@@ -25,9 +25,9 @@ from dmh.service.channel import Message
 from dmh.service.paths import ServiceDirectory
 from dmh.service.recovery import recover
 from dmh.service.worker import Worker
-from dmh.store.base import Store
+from dmh.store.base import OpenStore
 from dmh.store.paged_file import PagedFile
-from dmh.store.registry import store_class
+from dmh.store.registry import encrypted, spec_from_wire, store_class
 
 BATCH = 192
 TIMEOUT_MS = 1000
@@ -39,10 +39,11 @@ def main() -> None:
     setup, context = worker.setup, worker.context
     streams = Streams(setup.window)
     check(lib.dmh_ctx_watch(context, setup.follow, streams.pointer), "watching userfaultfds")
-    store: Store | None = None
+    store: OpenStore | None = None
     if setup.inline:
-        # What cannot block is resolved where it is seen; that includes stored pages of a store that is local.
-        local = issubclass(store_class(setup.store["url"]), PagedFile)
+        # What cannot block is resolved where it is seen, stored pages too where they lie in a local file as they are.
+        spec = spec_from_wire(setup.store)
+        local = issubclass(store_class(spec.url), PagedFile) and not encrypted(spec)
         store = worker.open_store() if local else None
         lib.dmh_ctx_inline(context, *(store.local() if isinstance(store, PagedFile) else (-1, ffi.NULL)))
     dispatcher = Dispatcher(setup.directory, setup.resolvers)

@@ -217,7 +217,6 @@ def _place(config: Config, page_file: Path | None) -> str:
 def _remove(page_file: Path) -> None:
     """The service removes its file; but one that was killed could not."""
     page_file.unlink(missing_ok=True)
-    page_file.with_name(f"{page_file.name}.index").unlink(missing_ok=True)
 
 
 # ---- processes

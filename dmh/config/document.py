@@ -64,7 +64,10 @@ class Document:
         """Replace one setting by an override such as "memory.limit=64MiB"; the last one for a setting wins."""
         setting, equals, written = text.partition("=")
         setting = setting.strip()
-        place = Place(position, 0, f"--set {without_password(text)}")
+        shown = (
+            "store.encrypt=..." if setting == "store.encrypt" else without_password(text)
+        )  # it may hold the key itself
+        place = Place(position, 0, f"--set {shown}")
         section, _, key = setting.partition(".")
         if section in SECTIONS and (not key or not equals):
             keys = ", ".join(f"{section}.{k}" for k in _keys(section))

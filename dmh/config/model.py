@@ -92,6 +92,16 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def _parse_key_source(value: object) -> str:
+    if value == "none" or (isinstance(value, str) and re.fullmatch(r"file:.+|env:[A-Za-z_][A-Za-z0-9_]*", value)):
+        return value
+    # Not quoted: it may be the key.
+    raise ValueError(
+        "must be none, file:PATH or env:VARIABLE; the key itself does not belong in a configuration (what was found is "
+        "not shown)"
+    )
+
+
 def _one_of(choices: tuple[str, ...]) -> AfterValidator:
     def check(value: str) -> str:
         if value not in choices:
@@ -124,6 +134,11 @@ _Seconds = Annotated[
     float,
     PlainValidator(parse_duration),
     WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0.001, "maximum": 86400}, _DURATION]}),
+]
+_KeySource = Annotated[
+    str,
+    PlainValidator(_parse_key_source),
+    WithJsonSchema({"type": "string", "pattern": "^(none|file:.+|env:[A-Za-z_][A-Za-z0-9_]*)$"}),
 ]
 _Spin = Annotated[
     Literal["auto"] | int,
@@ -253,6 +268,12 @@ class StoreConfig(_Section):
         default="wait",
         description="After a failed request: wait goes on trying while the program stands still, poison gives the "
         "program SIGBUS on that page.",
+    )
+
+    encrypt: _KeySource = Field(
+        default="none",
+        description="Encrypt pages (AES-256-GCM) before the store gets them: file:PATH or env:VARIABLE says where the "
+        "key of 32 bytes is; none: no encryption.",
     )
 
 

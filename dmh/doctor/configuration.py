@@ -19,8 +19,8 @@ from dmh.errors import ServiceError, StoreError
 from dmh.machine import kernel, memory
 from dmh.service.paths import check_length, running_services, service_directory
 from dmh.service.requirements import most_programs, needs
-from dmh.store.base import StoreSpec
-from dmh.store.registry import store_class
+from dmh.store import registry
+from dmh.store.base import Found, StoreSpec
 
 PATIENCE_SECONDS = 5.0
 
@@ -96,13 +96,13 @@ def _store(config: Config, group: str) -> Finding:
     region, url = config.region, config.store.url
     timeout = min(config.store.timeout, PATIENCE_SECONDS)
     pages = region.size // region.page_size
-    spec = StoreSpec(url, region.name, secrets.token_bytes(16), region.page_size, pages, timeout)
+    region_id = secrets.token_bytes(16)
+    spec = StoreSpec(url, region.name, region_id, region.page_size, pages, timeout, config.store.encrypt)
     shown = without_password(url)
     try:
-        kind = store_class(url)
-        descriptors = kind.prepare(spec)
+        descriptors = registry.prepare(spec)
         try:
-            store = kind.open(spec, descriptors)
+            store = registry.open_store(spec, descriptors)
             try:
                 number = np.array([pages - 1], np.uint64)
                 page = np.frombuffer(secrets.token_bytes(region.page_size), np.uint8).reshape(1, -1)
@@ -115,10 +115,10 @@ def _store(config: Config, group: str) -> Finding:
             finally:
                 store.close()
         finally:
-            kind.remove(spec)
+            registry.remove(spec)
     except StoreError as error:
         return Finding(group, "store", shown, Level.BAD, without_password(str(error)), "")
-    if not found.all() or not np.array_equal(page, back):
+    if found[0] != Found.THERE or not np.array_equal(page, back):
         return Finding(
             group, "store", shown, Level.BAD, "a page that was written could not be read back", "another store"
         )

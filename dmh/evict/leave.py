@@ -2,12 +2,16 @@
 
 Owns the victim buffer's slots and the one connection that writes to the DMS.  Does not choose (`dmh.evict.lpet`).
 Everything here runs in the evictor's main thread, so a page has one writer and the DMS never sees an old version
-after a new one.
+after a new one.  Nothing here waits for a store that does not answer: what could not be written stays STAGED.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,12 +22,16 @@ from dmh.lspt.states import Copy, State
 from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
-from dmh.store.base import Store
-from dmh.store.retry import Retry, Stopped
+from dmh.store.base import Found, OpenStore, PageBytes
+from dmh.store.retry import Retry
 
 log = logging.getLogger("dmh")
 
 Pages = npt.NDArray[np.uint64]
+NO_PAGES: Pages = np.empty(0, np.uint64)
+
+TRUST_SECONDS = 1.0
+"""So long after the store has said that it is the one it was, pages that it has are dropped without asking again."""
 
 
 class Leaver:
@@ -39,8 +47,9 @@ class Leaver:
         number: int,
         slots: npt.NDArray[np.uint8],
         pipe: tuple[int, int],
-        store: Store,
+        store: OpenStore,
         retry: Retry,
+        views: Callable[[], list[int]],
     ) -> None:
         self._table = table
         self._context = context
@@ -50,16 +59,35 @@ class Leaver:
         self._pipe_bytes = lib.dmh_pipe_bytes(self._pipe_in)
         self._store = store
         self._retry = retry
+        self._views = views
         self._rotor = 0
+        self._epoch: str | None = None
+        with contextlib.suppress(StoreError):  # then the first answer counts as another store's
+            self._epoch = store.epoch()
+        self._trusted_at = 0.0
+
+    @property
+    def away(self) -> bool:
+        """The store has failed and not answered since."""
+        return bool(self._retry.since)
+
+    @property
+    def rest_ms(self) -> int:
+        """Milliseconds until it is worth trying to write again."""
+        return int(self._retry.resting * 1000) + 1 if self._retry.since else 0
 
     def stage(self, pages: Pages) -> Pages:
         """Capture resident pages into the victim buffer and leave them there; returns those that were captured."""
         return self._capture(pages)[0]
 
-    def evict(self, pages: Pages) -> None:
-        """Move pages out to the DMS: resident ones by way of the victim buffer, staged ones from there."""
+    def evict(self, pages: Pages) -> Pages:
+        """Move pages out to the DMS: resident ones by way of the victim buffer, staged ones from there.
+
+        Returns those that are still local because the store did not take them, or because what it did not take
+        fills the victim buffer.
+        """
         states = self._table.words[pages] & 15
-        self._write_out(pages[states == State.STAGED])
+        done: list[Pages] = [self._write_out(pages[states == State.STAGED])]
         waiting = pages[states == State.RESIDENT]
         while len(waiting):
             room = self._table.slots - self._table.staged
@@ -68,9 +96,14 @@ class Leaver:
                 self.write_staged()
                 room = self._table.slots - self._table.staged
                 if not room:
-                    return
+                    break
             part, waiting = waiting[:room], waiting[room:]
-            self._write_out(*self._capture(part))
+            done.append(self._write_out(*self._capture(part)))
+        left: Pages = np.setdiff1d(pages, np.concatenate(done))
+        words = self._table.words[left]
+        state, pinned = words & np.uint64(15), self._table.pins[left] != 0
+        held: Pages = left[(state == State.STAGED) | ((state == State.RESIDENT) & ~pinned)]
+        return held
 
     def _capture(self, pages: Pages) -> tuple[Pages, npt.NDArray[np.uint32]]:
         """RESIDENT -> STAGED; returns the pages captured and their slots, ascending."""
@@ -94,14 +127,18 @@ class Leaver:
             log.error("page %d is lost: its memory was removed by something outside dmh; access raises SIGBUS", page)
         return pages[captured], slots[captured]
 
-    def _write_out(self, pages: Pages, slots: npt.NDArray[np.uint32] | None = None, *, keep: bool = False) -> bool:
-        """Settle staged pages, write the dirty ones, acknowledge.  With `keep` they stay STAGED.  False: not
-        written.
+    def _write_out(self, pages: Pages, slots: npt.NDArray[np.uint32] | None = None, *, keep: bool = False) -> Pages:
+        """Settle staged pages, write the dirty ones, acknowledge.  With `keep` they stay STAGED.
+
+        Returns those whose content the DMS has now, or needs not have; where the store fails, without the dirty ones.
         """
-        if not len(pages):
-            return True
         if slots is None:
+            if self._retry.resting:
+                return NO_PAGES  # they were settled before, and found dirty
             pages, slots = self._slots_of(pages)
+        if not len(pages):
+            return NO_PAGES
+        self._check_epoch(pages)
         n = len(pages)
         outcome, sums = np.zeros(n, np.uint8), np.empty(n, np.uint64)
         arrays = ffi.from_buffer("uint64_t[]", pages), n, ffi.from_buffer("uint32_t[]", slots)
@@ -109,24 +146,48 @@ class Leaver:
             self._context, *arrays, ffi.from_buffer("uint8_t[]", outcome), ffi.from_buffer("uint64_t[]", sums), keep
         )
         dirty = outcome == lib.DMH_OUT_DIRTY
-        if not dirty.any():
-            return True
+        done: Pages = pages[~dirty & (outcome != lib.DMH_OUT_SKIPPED)]
+        if not dirty.any() or self._retry.resting:
+            return done
         pages, slots, sums = pages[dirty], slots[dirty], sums[dirty]
         try:
-            self._retry.call("writing pages", lambda: self._store.put_many(pages, self._contents(slots)))
-        except Stopped:
-            return False
-        except StoreError as error:
-            # They stay STAGED, which counts against the limit; the next run tries again.
-            log.error("%d pages could not be written and stay local: %s", len(pages), error)
-            return False
+            self._retry.attempt("writing pages", lambda: self._store.put_many(pages, self._contents(slots)))
+        except StoreError:
+            self._trusted_at = 0.0
+            return done  # the others stay STAGED, which counts against the limit, until a later run can write them
         self._table.count(self._number, "write_calls")
         lib.dmh_step(self._context, NUMBERS["put"])
         lib.dmh_acknowledge(
             self._context, ffi.from_buffer("uint64_t[]", pages), len(pages), ffi.from_buffer("uint32_t[]", slots),
             ffi.from_buffer("uint64_t[]", sums), keep,
         )  # fmt: skip
-        return True
+        return np.concatenate([done, pages])
+
+    def _check_epoch(self, pages: Pages) -> None:
+        """Before pages are dropped because the store has them: has it?  One that was restarted may have come back
+        empty, and what is local may be the only copy.
+
+        Whatever may be the only copy is noted as UNKNOWN to the DMS, and so written when it leaves.
+        """
+        now, local = time.monotonic(), pages[self._table.copies[pages] == Copy.VALID]
+        if not len(local) or now - self._trusted_at < TRUST_SECONDS:
+            return
+        try:
+            if self._retry.resting:
+                raise StoreError("it did not answer a moment ago")
+            epoch = self._retry.attempt("asking the store whether it is the one it was", self._store.epoch)
+        except StoreError:
+            self._table.copies[local] = Copy.UNKNOWN
+            return
+        if epoch != self._epoch:
+            self.distrust()
+        self._epoch, self._trusted_at = epoch, now
+
+    def distrust(self) -> None:
+        """The store may have forgotten pages: everything that is local will be written again when it leaves."""
+        for state in (State.RESIDENT, State.STAGED, State.FETCHING):
+            local = self._table.in_state(state)
+            self._table.copies[local[self._table.copies[local] == Copy.VALID]] = Copy.UNKNOWN
 
     def _slots_of(self, pages: Pages) -> tuple[Pages, npt.NDArray[np.uint32]]:
         """The slots of staged pages; pages that were taken back meanwhile fall out."""
@@ -142,31 +203,54 @@ class Leaver:
             return self._slots[first : first + len(slots)]
         return self._slots[slots]
 
-    def flush(self, first: int, end: int) -> bool:
-        """Write every page of first .. end - 1 that the DMS does not have, and leave it resident where there is room.
+    def local(self, first: int, end: int) -> Pages:
+        """Pages of first .. end - 1 whose content is, or may be about to be, on this machine only."""
+        words = self._table.words[first:end]
+        state = words & np.uint64(15)
+        held = (state == State.RESIDENT) & (self._table.pins[first:end] == 0)
+        held |= (state == State.STAGED) | (state == State.FETCHING)
+        return np.flatnonzero(held).astype(np.uint64) + np.uint64(first)
+
+    def flush(self, todo: Pages) -> Pages:
+        """Write those of these pages that the DMS does not have, and leave them resident where there is room.
 
         Each page is captured as a whole, so what is written is a content it had; a program that writes meanwhile
         waits for microseconds, as for any eviction.
+
+        Returns the pages that were not written: they are on their way in, or the store does not take them.  A page is
+        done once its content was written, or was seen to be the DMS's; not before, however often it comes and goes.
         """
-        complete = self._write_out(self._table.in_state(State.STAGED, first, end))
-        resident = self._table.in_state(State.RESIDENT, first, end)
-        resident = resident[self._table.pins[resident] == 0] if len(resident) else resident
+        words = self._table.words[todo]
+        state = words & np.uint64(15)
+        done = [todo[(state == State.NEW) | (state == State.STORED) | (state == State.POISONED)]]
+        done.append(self._write_out(todo[state == State.STAGED]))
+        resident = todo[state == State.RESIDENT]
+        pinned = self._table.pins[resident] != 0
+        done.append(resident[pinned])
+        resident = resident[~pinned]
         while len(resident):
             if self._table.staged == self._table.slots:
                 self.write_staged()  # marked pages give way
-            room = max(min(self._table.slots - self._table.staged, 256), 1)
+            room = min(self._table.slots - self._table.staged, 256)
+            if not room:
+                break
             part, resident = resident[:room], resident[room:]
             captured, slots = self._capture(part)
-            complete &= self._write_out(captured, slots, keep=True)
-            # What found no slot (the store does not take what is in them) was not written either.
-            missed = np.setdiff1d(part, captured, assume_unique=True)
-            complete &= not bool(((self._table.words[missed] & np.uint64(15)) == State.RESIDENT).any())
+            done.append(self._write_out(captured, slots, keep=True))
             if len(captured):
-                lib.dmh_take_back(self._context, ffi.from_buffer("uint64_t[]", captured), len(captured))
+                lib.dmh_take_back(self._context, ffi.from_buffer("uint64_t[]", captured), len(captured), 0)
                 self._write_out(captured[(self._table.words[captured] & 15) == State.STAGED])
-        if complete:
-            self._retry.call("flushing the store", self._store.flush)
-        return complete
+        return np.setdiff1d(todo, np.concatenate(done))
+
+    def make_durable(self) -> bool:
+        """What the store has is as safe as it can make it.  False: it does not answer."""
+        if self._retry.resting:
+            return False
+        try:
+            self._retry.attempt("flushing the store", self._store.flush)
+        except StoreError:
+            return False
+        return True
 
     def discard(self, first: int, count: int) -> Pages:
         """Give up the content of pages: NEW, and forgotten by the DMS.  Returns pages that are being fetched: ask
@@ -187,19 +271,77 @@ class Leaver:
             self._delete(np.setdiff1d(known, left[-1], assume_unique=True))
         return np.concatenate(left) if left else np.empty(0, np.uint64)
 
-    def write_staged(self) -> bool:
-        """Write whatever is in the victim buffer.  False: the store did not take it."""
-        return self._write_out(self._table.in_state(State.STAGED))
+    def write_staged(self) -> None:
+        """Write whatever is in the victim buffer, if the store takes it."""
+        self._write_out(self._table.in_state(State.STAGED))
 
-    def delete_stale(self) -> None:
-        """Forget in the DMS what has become all zeros since it was written."""
-        stale = np.flatnonzero(self._table.copies == Copy.STALE).astype(np.uint64)
-        if len(stale):
-            self._delete(stale)
+    def tidy(self) -> bool:
+        """When there is nothing else to do: after an outage, write what it kept here and bring back what programs could
+        not get; and forget in the DMS what has become all zeros since it was written.
+
+        Returns whether pages have become resident that nobody has asked for.
+        """
+        if self._retry.resting:
+            return False
+        if self._retry.since:
+            self.write_staged()
+        if self._retry.since and not self._retry.resting:
+            with contextlib.suppress(StoreError):
+                self._retry.attempt("asking the store", self._store.epoch)
+        self._delete(np.flatnonzero(self._table.copies == Copy.STALE).astype(np.uint64))
+        return self._heal()
+
+    def _heal(self) -> bool:
+        """Pages that raise SIGBUS only because the store was away when they were asked for: now it may have them."""
+        poisoned = self._table.in_state(State.POISONED)
+        healed = False
+        for page in poisoned[(self._table.words[poisoned] >> np.uint64(11)) & np.uint64(1) == 1]:
+            pages, content = np.array([page], np.uint64), np.empty((1, self._table.page_size), np.uint8)
+            try:
+                if self._retry.resting:
+                    break
+                found = self._retry.attempt("fetching a page again", lambda: self._store.get_many(pages, content))  # noqa: B023
+            except StoreError:
+                break
+            healed |= self._heal_one(int(page), content if found[0] == Found.THERE else None)
+        return healed
+
+    def _heal_one(self, page: int, content: PageBytes | None) -> bool:
+        """Put the content in through every program's mapping, for each has its own mark.
+
+        A mark goes when content is put in through that mapping while the page is absent.  So between two mappings
+        the page goes to the victim buffer, as in any eviction: what a program has written to it meanwhile stays.
+        """
+        first, *others = [*self._views(), 0][: max(len(self._views()), 1)]
+        data = ffi.NULL if content is None else ffi.from_buffer("uint8_t[]", content)
+        result = lib.dmh_heal(self._context, page, data, first)
+        if result == -errno.EILSEQ:
+            log.error("page %d is lost: the store is back, but not with what was stored", page)
+        if result <= 0:
+            return False
+        for view in others:
+            for _ in range(100):  # somebody may be using it
+                moved, _ = self._capture(np.array([page], np.uint64))
+                if len(moved) and lib.dmh_take_back(self._context, ffi.from_buffer("uint64_t[]", moved), 1, view):
+                    break
+        log.warning("page %d can be used again: the store is back", page)
+        return True
 
     def _delete(self, pages: Pages) -> None:
-        if not len(pages):
+        if not len(pages) or self._retry.resting:
+            return  # they are noted as STALE: `tidy` comes back to them
+        try:
+            self._retry.attempt("deleting pages", lambda: self._store.delete_many(pages))
+        except StoreError:
             return
-        self._retry.call("deleting pages", lambda: self._store.delete_many(pages))
         self._table.copies[pages] = Copy.NONE
         self._table.count(self._number, "deleted", len(pages))
+
+    @property
+    def reason(self) -> str:
+        """What the store said last, where it is away."""
+        return self._retry.reason
+
+    def has_failed_since(self, began: float) -> bool:
+        """The store is away, and a request of that time (monotonic clock) has waited for it as long as it is to."""
+        return self.away and self._retry.is_over(began)

@@ -89,7 +89,10 @@ class Lpet:
                 self._keep_unmoved(choice.mark)
             if choice.evict:
                 self._leaver.evict(_numbers(choice.evict))
-                quota -= len(choice.evict) - self._keep_unmoved(choice.evict)
+                moved = len(choice.evict) - self._keep_unmoved(choice.evict)
+                quota -= moved
+                if not moved and not choice.mark:
+                    break  # the victim buffer is full of what the store does not take: others have a turn
             if not choice.mark and not choice.evict:
                 # Nothing of the policy's is left to evict; what an earlier write failed on may be.
                 self._leaver.write_staged()
@@ -97,13 +100,14 @@ class Lpet:
         self._table.raw.rung_at = 0  # who rang meanwhile has been served by this run
         return max(quota, 0)
 
-    def evict(self, pages: npt.NDArray[np.uint64]) -> None:
-        """Move these pages out now, whatever the policy thinks of them."""
+    def evict(self, pages: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Move these pages out now, whatever the policy thinks of them; returns those that the store did not take."""
         self.learn()
         for page in pages.tolist():
             self._policy.gone(page)
-        self._leaver.evict(pages)
+        left = self._leaver.evict(pages)
         self._keep_unmoved(pages.tolist())
+        return left
 
     def pin(self, first: int, count: int) -> str | None:
         """Keep pages from being chosen until they are unpinned as often; returns what is wrong where that cannot be."""

@@ -15,7 +15,7 @@ from dmh.errors import StoreError
 from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
-from dmh.store.base import Store
+from dmh.store.base import OpenStore
 from dmh.store.retry import Retry, Stopped
 from dmh.wire import Request
 
@@ -28,7 +28,7 @@ class Resolver:
     """Resolves one request at a time."""
 
     def __init__(
-        self, table: Table, context: Any, number: int, window: int, store: Store, retry: Retry, region: str
+        self, table: Table, context: Any, number: int, window: int, store: OpenStore, retry: Retry, region: str
     ) -> None:
         self._table = table
         self._context = context
@@ -92,8 +92,8 @@ class Resolver:
         except Stopped:
             return False
         except StoreError as error:
-            log.error("pages %d.. of region %s are given up: %s", int(pages[0]), self._region, error)
-            found = np.zeros(n, np.bool_)
+            log.error("pages %d.. of region %s cannot be had: %s", int(pages[0]), self._region, error)
+            found = np.full(n, lib.DMH_LOST_AWAY, np.uint8)
         self._found[:n] = found
         self._table.count(self._number, "fetch_calls")
         lib.dmh_step(self._context, NUMBERS["fetched"])
@@ -101,8 +101,9 @@ class Resolver:
 
     def _report_lost(self) -> None:
         why = {
-            1: "the store does not have it any more, or its memory was removed",
-            2: "its bytes are not the ones that were stored",
+            lib.DMH_LOST_MISSING: "is lost: the store does not have it any more, or its memory was removed",
+            lib.DMH_LOST_ALTERED: "is lost: its bytes are not the ones that were stored",
+            lib.DMH_LOST_AWAY: "cannot be used until the store is back",
         }
         for page, reason in zip(self._plan.lost[0 : self._plan.lost_n], self._plan.lost_why, strict=False):
-            log.error("page %d of region %s is lost: %s; access to it raises SIGBUS", page, self._region, why[reason])
+            log.error("page %d of region %s %s; access to it raises SIGBUS", page, self._region, why[reason])

@@ -7,7 +7,8 @@ A word is 64 bits:
 
     bits  0..3   state
     bits  4..10  worker: number of the process that holds the page (FETCHING, EVICTING), else 0
-    bit  11      the content has to come from the DMS (FETCHING), so that a claim given up leads back to STORED
+    bit  11      FETCHING: the content has to come from the DMS, so that a claim given up leads back to STORED;
+                 POISONED: the DMS did not answer, and may have the content yet
     bits 12..31  slot + 1 in the victim buffer (STAGED, and FETCHING while the slot is the only copy), else 0
     bits 32..63  generation: one more at every transition, so that a word is never seen twice (no ABA)
 """
@@ -36,7 +37,7 @@ class State(enum.IntEnum):
     STAGED = 5
     """In a slot of the victim buffer, not yet acknowledged by the DMS."""
     POISONED = 6
-    """Its content is lost or fails its checksum: access raises SIGBUS."""
+    """Its content is lost, fails its checksum, or cannot be had while the DMS is away: access raises SIGBUS."""
 
 
 TRANSITIONS: dict[State, frozenset[State]] = {

@@ -27,6 +27,7 @@ class lib:  # noqa: N801 - the name that cffi gives it
     DMH_AHEAD_MS: int
     DMH_LOST_MISSING: int
     DMH_LOST_ALTERED: int
+    DMH_LOST_AWAY: int
     DMH_OUT_SKIPPED: int
     DMH_OUT_DIRTY: int
     DMH_OUT_CLEAN: int
@@ -194,7 +195,9 @@ class lib:  # noqa: N801 - the name that cffi gives it
     @staticmethod
     def dmh_acknowledge(c: Pointer, pages: Pointer, n: int, slots: Pointer, sums: Pointer, keep: int) -> int: ...
     @staticmethod
-    def dmh_take_back(c: Pointer, pages: Pointer, n: int) -> int: ...
+    def dmh_take_back(c: Pointer, pages: Pointer, n: int, through: int) -> int: ...
+    @staticmethod
+    def dmh_heal(c: Pointer, page: int, content: Pointer, through: int) -> int: ...
     @staticmethod
     def dmh_discard(c: Pointer, first: int, n: int, busy: Pointer) -> int: ...
     @staticmethod

@@ -37,6 +37,7 @@ struct dmh_shared {
     uint32_t events_lost;       /* a ring was full: LPET must look at the table */
     uint32_t poison_works;      /* UFFDIO_POISON is there */
     uint32_t pids[72];          /* per worker: its process; 0: there is none now */
+    uint64_t store_away[72];    /* per worker: since when the store fails it, CLOCK_MONOTONIC; 0: it does not */
     uint64_t dispatched[72];    /* per resolver: messages sent to it */
     uint64_t completed[72];     /* per resolver: messages it is done with */
 };
@@ -196,7 +197,7 @@ struct dmh_plan {
     uint64_t word[1024];        /* the claim: the word as this worker left it */
     uint8_t  kind[1024];        /* DMH_NEW, DMH_STORED, DMH_STAGED: what it was */
     uint64_t stored[1024];      /* page numbers to fetch */
-    uint8_t  found[1024];       /* filled in by the store: row i of the buffer holds stored[i] */
+    uint8_t  found[1024];       /* filled in by the store: 1 row i of the buffer holds stored[i], 0 it has no such page, 2 it is damaged, 3 no answer */
     uint64_t lost[8];           /* out: pages that were found missing or altered */
     uint8_t  lost_why[8];       /* DMH_LOST_... */
     uint32_t lost_n;
@@ -206,6 +207,7 @@ struct dmh_plan {
 #define DMH_AHEAD_MS 10
 #define DMH_LOST_MISSING 1
 #define DMH_LOST_ALTERED 2
+#define DMH_LOST_AWAY 3         /* not lost: the store does not answer; also as found[] of every row */
 int      dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window);
 int      dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, uint32_t chunk);
 void     dmh_give_back(struct dmh_ctx *c, struct dmh_plan *p);
@@ -227,7 +229,8 @@ int      dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const 
                     uint64_t *sums, int keep);
 int      dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint32_t *slots, const uint64_t *sums,
                          int keep);
-int      dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n);
+int      dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t through);
+int      dmh_heal(struct dmh_ctx *c, uint64_t page, const uint8_t *content, uint32_t through);
 int      dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *busy);
 
 /* ---- page contents ---- */

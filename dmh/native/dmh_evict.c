@@ -264,8 +264,11 @@ int dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const 
     return stored;
 }
 
-/* Bring staged pages back into the region where there is room, as after a flush.  Returns how many came back. */
-int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n)
+/*
+ * Bring staged pages back into the region where there is room, as after a flush; through this view (0: any program's).  Returns how many came
+ * back.
+ */
+int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t through)
 {
     const uint64_t size = c->s->page_size;
     int back = 0;
@@ -284,7 +287,7 @@ int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n)
         pthread_rwlock_rdlock(&c->lock);
         struct view *v = own_view(c);
         for (uint32_t k = 0; k < c->nviews; k++)
-            if (!c->views[k].own)
+            if (through ? c->views[k].id == through : !c->views[k].own)
                 v = &c->views[k]; /* map it where it is used */
         enum verdict r = fill(c, v, pages[i] * size, size, c->slots_base + (uint64_t)slot * size, 0);
         if (r == V_GONE)
@@ -305,8 +308,52 @@ int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n)
     return back;
 }
 
+/*
+ * A page that raises SIGBUS because the store was away: `content` is what the store has now (NULL: not there, or damaged).  1: it is RESIDENT, put
+ * in through this view (0: this process's own), whose mark is gone.  0: it is in another state by now.  -EAGAIN: no room.  -EILSEQ: it is not what
+ * was stored, and lost for good.
+ */
+int dmh_heal(struct dmh_ctx *c, uint64_t page, const uint8_t *content, uint32_t through)
+{
+    const uint64_t size = c->s->page_size;
+    uint64_t w = LOAD(&c->words[page]);
+    if (word_state(w) != DMH_POISONED || !word_from_store(w))
+        return 0;
+    enter(c);
+    if (!dmh_reserve(c->s, 1)) {
+        leave(c);
+        return -EAGAIN;
+    }
+    if (!move_word(c, page, &w, DMH_FETCHING, c->worker, -1)) {
+        dmh_release(c->s, 1);
+        leave(c);
+        return 0;
+    }
+    leave(c);
+    if (!content || dmh_hash(content, size) != LOAD(&c->sums[page])) {
+        enter(c);
+        dmh_poison(c, page, w);
+        dmh_release(c->s, 1);
+        leave(c);
+        return -EILSEQ;
+    }
+    pthread_rwlock_rdlock(&c->lock);
+    struct view *own = own_view(c), *v = through ? find_view(c, through) : own;
+    enum verdict r = fill(c, v ? v : own, page * size, size, content, 0);
+    if (r == V_GONE)
+        r = fill(c, own, page * size, size, content, 0);
+    if (r != V_DONE)
+        dmh_die("no memory for page %llu although the limit allows it: lower memory.limit", (unsigned long long)page);
+    enter(c);
+    move_word(c, page, &w, DMH_RESIDENT, 0, -1);
+    leave(c);
+    wake_others(c, NULL, page, 1);
+    pthread_rwlock_unlock(&c->lock);
+    return 1;
+}
+
 /* A poisoned page's marks must go before it can be NEW: filling heals a mapping, but only while the page is absent. */
-static void heal(struct dmh_ctx *c, uint64_t page)
+static void unmark(struct dmh_ctx *c, uint64_t page)
 {
     pthread_rwlock_rdlock(&c->lock);
     for (uint32_t i = 0; i < c->nviews; i++) {
@@ -341,9 +388,9 @@ int dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *busy)
             busy[nbusy++] = page++;
             break;
         case DMH_POISONED:
-            heal(c, page);
+            unmark(c, page);
             if (move_word(c, page, &w, DMH_NEW, 0, -1))
-                page++;
+                no_longer_wanted(c, page++);
             break;
         case DMH_STORED:
         case DMH_STAGED:

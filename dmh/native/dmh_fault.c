@@ -180,7 +180,7 @@ static void lose(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint8_t why)
         p->lost_why[p->lost_n++] = why;
     }
     enter(c);
-    int r = dmh_poison(c, p->page[i], p->word[i]);
+    int r = poison(c, p->page[i], p->word[i], why == DMH_LOST_AWAY);
     dmh_release(c->s, 1);
     leave(c);
     count(c, DMH_C_POISONED, 1);
@@ -251,10 +251,15 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
         } else if (p->kind[i] == DMH_STORED) {
             uint32_t good = 0;
             for (; good < k; good++)
-                if (!p->found[row + good] || dmh_hash(buffer + (row + good) * size, size) != LOAD(&c->sums[p->page[i + good]]))
+                if (p->found[row + good] != 1 || dmh_hash(buffer + (row + good) * size, size) != LOAD(&c->sums[p->page[i + good]]))
                     break;
+            if (!good && p->found[row] == DMH_LOST_AWAY && !(p->demand && i == 0)) {
+                give_back_one(c, p, i); /* nobody is known to need it; who does faults for it */
+                k = 1, row++;
+                continue;
+            }
             if (!good) {
-                lose(c, p, i, p->found[row] ? DMH_LOST_ALTERED : DMH_LOST_MISSING);
+                lose(c, p, i, p->found[row] == DMH_LOST_AWAY ? DMH_LOST_AWAY : p->found[row] ? DMH_LOST_ALTERED : DMH_LOST_MISSING);
                 k = 1, row++;
                 continue;
             }

@@ -172,14 +172,11 @@ int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
     if (!c->inline_on)
         return 0;
     switch (word_state(w)) {
-    case DMH_STORED: {
+    case DMH_STORED:
         /* Read before the claim: while the word stays as it is the store's copy does not change, and a claim given up would wake in vain. */
-        uint8_t found;
-        if (c->store_fd < 0 || dmh_fetch_pages(c->store_fd, c->store_index, &page, 1, c->s->page_size, c->page_buffer, &found, 1) < 0 ||
-            !found)
+        if (c->store_fd < 0 || dmh_fetch_pages(c->store_fd, c->store_index, &page, 1, c->s->page_size, c->page_buffer, &p->found[0], 1) < 0)
             return 0;
         break;
-    }
     case DMH_NEW:
     case DMH_STAGED:
         break;
@@ -200,7 +197,6 @@ int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
     p->view = r->view;
     p->thread = r->thread;
     p->ns = r->ns;
-    p->found[0] = 1;
     count_done(c); /* what is left does not block: the next request may come here */
     if (!c->worker)
         count(c, DMH_C_INLINE, 1);

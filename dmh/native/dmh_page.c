@@ -116,8 +116,8 @@ static int move_bytes(int fd, uint8_t *at, uint64_t left, uint64_t offset, int w
 }
 
 /*
- * Read pages[i] from its place in the file to row i of out, neighbours in one call.  index[page] 0: the file has no such page, and
- * found[i] becomes 0.
+ * Read pages[i] from its place in the file to row i of out, neighbours in one call.  found[i] becomes 0 where index[page] is 0 (the file has no
+ * such page), 2 where the file ends before the page does (it was truncated), else 1.
  */
 int dmh_fetch_pages(int fd, const uint64_t *index, const uint64_t *pages, uint64_t n, uint64_t page_size, uint8_t *out,
                     uint8_t *found, int nowait)
@@ -130,7 +130,15 @@ int dmh_fetch_pages(int fd, const uint64_t *index, const uint64_t *pages, uint64
         for (; i + run < n && pages[i + run] == pages[i] + run && LOAD(&index[pages[i + run]]); run++)
             found[i + run] = 1;
         int r = move_bytes(fd, out + i * page_size, run * page_size, pages[i] * page_size, 0, nowait);
-        if (r)
+        for (uint64_t k = 0; r == -ENODATA && k < run; k++) {
+            /* Only of those beyond the end: each page by itself. */
+            int one = move_bytes(fd, out + (i + k) * page_size, page_size, pages[i + k] * page_size, 0, nowait);
+            if (one == -ENODATA)
+                found[i + k] = 2;
+            else if (one)
+                return one;
+        }
+        if (r && r != -ENODATA)
             return r;
     }
     return 0;

@@ -24,6 +24,7 @@ void wait_until_thawed(struct dmh_ctx *c)
 void dmh_worker_gone(struct dmh_shared *s, uint32_t worker)
 {
     STORE(&s->pids[worker], 0u);
+    STORE(&s->store_away[worker], 0ull);
     STORE(&dmh_lane_of(s, worker)->awake, 0u);
     STORE(&post_of(s, worker)->waits, 0u);
     STORE(&post_of(s, worker)->busy, 0u);

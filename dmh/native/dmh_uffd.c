@@ -412,12 +412,15 @@ int page_is_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes)
 }
 
 /* Access to the page raises SIGBUS from now on, in every process.  The caller holds the claim `word`. */
-int dmh_poison(struct dmh_ctx *c, uint64_t page, uint64_t word)
+int dmh_poison(struct dmh_ctx *c, uint64_t page, uint64_t word) { return poison(c, page, word, 0); }
+
+/* away: the DMS has it, as far as anybody knows, but does not answer; the evictor heals it when it does. */
+int poison(struct dmh_ctx *c, uint64_t page, uint64_t word, int away)
 {
     int r = 0;
     uint64_t offset = page << c->s->page_shift, bytes = c->s->page_size;
     if (word_state(word) == DMH_FETCHING || word_state(word) == DMH_RESIDENT || word_state(word) == DMH_EVICTING)
-        if (!move_word(c, page, &word, DMH_POISONED, 0, -1))
+        if (!CAS(&c->words[page], &word, next_word(page, word, DMH_POISONED, 0, -1) | (uint64_t)away << DMH_FROM_STORE_SHIFT))
             return -ESTALE;
     pthread_rwlock_rdlock(&c->lock);
     for (uint32_t i = 0; i < c->nviews; i++) {

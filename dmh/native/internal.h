@@ -31,7 +31,7 @@ static inline uint32_t word_state(uint64_t w) { return w & ((1u << DMH_STATE_BIT
 static inline uint32_t word_worker(uint64_t w) { return (w >> DMH_WORKER_SHIFT) & ((1u << DMH_WORKER_BITS) - 1); }
 /* -1 where the word names no slot */
 static inline int32_t word_slot(uint64_t w) { return (int32_t)((w >> DMH_SLOT_SHIFT) & ((1u << DMH_SLOT_BITS) - 1)) - 1; }
-/* of a FETCHING page: its content has to come from the DMS */
+/* of a FETCHING page: its content has to come from the DMS; of a POISONED one: the DMS was away, and may have it */
 static inline int word_from_store(uint64_t w) { return (w >> DMH_FROM_STORE_SHIFT) & 1; }
 static inline uint32_t word_generation(uint64_t w) { return (uint32_t)(w >> DMH_GENERATION_SHIFT); }
 
@@ -182,6 +182,7 @@ struct poison_request { struct { uint64_t start, len; } range; uint64_t mode; in
 enum verdict { V_DONE, V_RETRY, V_EXISTS, V_GONE, V_NOMEM, V_BAD };
 enum verdict uffd_verdict(int error);
 enum verdict fill(struct dmh_ctx *c, struct view *v, uint64_t offset, uint64_t bytes, const uint8_t *from, int resume);
+int poison(struct dmh_ctx *c, uint64_t page, uint64_t word, int away);
 int punch(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
 void wake_view(struct view *v, uint64_t offset, uint64_t bytes);
 /* The caller holds the lock. */

@@ -38,8 +38,9 @@ from dmh.service.paths import ServiceDirectory, control_socket, hold_alive, ledg
 from dmh.service.placement import Placement
 from dmh.service.pool import Pool, WorkerProcess
 from dmh.service.worker import Setup
+from dmh.store import registry
 from dmh.store.base import StoreSpec
-from dmh.store.registry import spec_from_wire, spec_to_wire, store_class
+from dmh.store.registry import spec_from_wire, spec_to_wire
 
 log = logging.getLogger("dmh")
 
@@ -105,10 +106,12 @@ class Launcher:
         self._own(hold_alive(self.directory.path))
         self.ledger = Ledger(ledger_file(self.directory.path), fresh=True)
         self._undo.callback(self.ledger.close)
-        spec = StoreSpec(config.store.url, self.name, secrets.token_bytes(16), page_size, pages, config.store.timeout)
-        store = store_class(spec.url)
-        store_fds = store.prepare(spec)
-        self._undo.callback(store.remove, spec)
+        spec = StoreSpec(
+            config.store.url, self.name, secrets.token_bytes(16), page_size, pages, config.store.timeout,
+            config.store.encrypt,
+        )  # fmt: skip
+        store_fds = registry.prepare(spec)
+        self._undo.callback(registry.remove, spec)
         self._own(*store_fds)
         self.region_fd = _created(lib.dmh_region_create(b"dmh-region", config.region.size), "the region's memory")
         slots_fd = _created(lib.dmh_region_create(b"dmh-victims", limits.buffer * page_size), "the victim buffer")
@@ -179,7 +182,7 @@ class Launcher:
         self.ledger = Ledger(ledger_file(directory.path), fresh=False)
         self._undo.callback(self.ledger.close)
         spec = spec_from_wire(setup.store)
-        self._undo.callback(store_class(spec.url).remove, spec)
+        self._undo.callback(registry.remove, spec)
         self._own(*estate.descriptors)
         known = len(Setup.DESCRIPTORS)
         self.region_fd, table_fd = estate.descriptors[:2]

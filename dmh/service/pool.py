@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from dmh.errors import ServiceError
 from dmh.service.channel import Channel, Message, close_all, pair
 from dmh.service.worker import Setup
+from dmh.store.secrets import without_secrets
 
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
@@ -106,6 +107,7 @@ class Pool:
                 [sys.executable, "-P", "-m", f"workers.{role}", "--control-fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env=without_secrets(os.environ, self._setup.store["url"], self._setup.store["encrypt"]),
                 # A group of its own: a terminal's Ctrl-C is for the program, not for its pager.  Not a session of
                 # its own: the scheduler would put it into another autogroup, and switching between those costs a
                 # microsecond a fault.

@@ -11,14 +11,14 @@ import numpy as np
 from dmh.errors import StoreError
 from dmh.native import ffi, lib
 from dmh.service.worker import Worker
-from dmh.store.base import Store
+from dmh.store.base import OpenStore
 from dmh.store.retry import Stopped
 
 MOST = 4096
 """Pages that one worker can have in hand; a plan holds 1024."""
 
 
-def recover(worker: Worker, store: Store | None) -> None:
+def recover(worker: Worker, store: OpenStore | None) -> None:
     """Set right what this worker's predecessor left; nothing to do for the first of its number."""
     if not worker.setup.restarted:
         return
@@ -45,7 +45,7 @@ def restore_pins(worker: Worker) -> None:
     worker.table.raw.pinned = int(np.count_nonzero(pins))
 
 
-def _finish(worker: Worker, store: Store | None, page: int) -> None:
+def _finish(worker: Worker, store: OpenStore | None, page: int) -> None:
     """A page of which some is in the region and the rest in the DMS."""
     out = np.zeros((1, worker.table.page_size), np.uint8)
     if store is not None:

@@ -30,7 +30,7 @@ from dmh.native import check, ffi, lib
 from dmh.service.channel import Channel, Message, close_all
 from dmh.service.orphan import wait_for_launcher
 from dmh.service.paths import hold_alive
-from dmh.store.base import Store
+from dmh.store.base import OpenStore
 from dmh.store.registry import open_store, spec_from_wire
 from dmh.store.retry import Retry
 
@@ -147,7 +147,7 @@ class Worker:
         check(lib.dmh_uffd_register(uffd, base, bytes_), "registering a view of the region")
         lib.dmh_view_add(self.context, OWN_VIEW, uffd, int(ffi.cast("uintptr_t", base)), os.getpid(), 1)
 
-    def open_store(self) -> Store:
+    def open_store(self) -> OpenStore:
         """This process's store object.  A worker that is started again while the store is away waits for it: without
         one it could do nothing, and ending would only use up its tries.
         """
@@ -164,7 +164,12 @@ class Worker:
             wait=self.setup.retry["wait"],
             stopping=self.stopping,
             on_retry=lambda: self.table.count(number, "store_retries"),
+            on_outage=self._note_outage,
         )
+
+    def _note_outage(self, since: float) -> None:
+        # Read by `dmh stats`, through the evictor.
+        self.table.raw.store_away[self.setup.number] = int(since * 1e9)
 
     def handle(self, operation: str, handler: Callable[[Message], Message | None]) -> None:
         """Answer a control operation; runs in the control thread.  A handler that returns None answers later,

@@ -1,12 +1,14 @@
-"""What a page store (DMS) is: the interface that every store implements, and how a URL finds its class.
+"""What a page store (DMS) is: the interface that every store implements.
 
-Owns the interface and the registry; owns no store.  The launcher calls `prepare` and `remove`; the workers `open` a
-store and use it.  One process at a time writes (the evictor); several read (the resolvers).
+Owns the interface; owns no store, nor how a URL finds its class (`registry.py`).  The launcher calls `prepare` and
+`remove`; the workers `open` a store and use it.  One process at a time writes (the evictor); several read (the
+resolvers).  What sits on top of a store (`layers/`) is an `OpenStore` over another one.
 """
 
 from __future__ import annotations
 
 import abc
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,18 @@ import numpy.typing as npt
 
 PageNumbers = npt.NDArray[np.uint64]
 PageBytes = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.bool_]
+Mask = npt.NDArray[np.uint8]
+
+
+class Found(enum.IntEnum):
+    """What a store says of a page that it was asked for; native code knows these numbers too."""
+
+    MISSING = 0
+    """It has no such page."""
+    THERE = 1
+    """Its bytes are in the row; whether they are the right ones is checked by the caller."""
+    DAMAGED = 2
+    """It has something, but not what was stored: of another length, beyond the end of a truncated file, forged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +43,7 @@ class StoreSpec:
         page_size: bytes a page, a power of two from 4096 to 2 MiB.
         pages: pages in the region; page numbers run from 0 to pages - 1.
         timeout: seconds within which one request must be answered.
+        encrypt: where the key is that pages are encrypted with (`layers/encrypt.py`); "none": they are not.
     """
 
     url: str
@@ -38,32 +52,15 @@ class StoreSpec:
     page_size: int
     pages: int
     timeout: float
+    encrypt: str = "none"
 
 
-class Store(abc.ABC):
-    """A page store, as one process sees it.  Not shared between threads.
+class OpenStore(abc.ABC):
+    """A page store, as one process uses it.  Not shared between threads.
 
-    Every method may raise `StoreUnavailable` (worth another try) or another `StoreError` (not worth one).
+    Every method may raise `StoreUnavailable` (worth another try at once) or another `StoreError` (worth one when
+    somebody has mended what it says).
     """
-
-    @classmethod
-    @abc.abstractmethod
-    def prepare(cls, spec: StoreSpec) -> list[int]:
-        """Create or check what the store needs before any worker opens it; called once, by the launcher.
-
-        Returns:
-            File descriptors that each worker's `open` needs (owned by the caller from then on); often none.
-        """
-
-    @classmethod
-    @abc.abstractmethod
-    def open(cls, spec: StoreSpec, descriptors: Sequence[int]) -> Store:
-        """A store object for this process, over what `prepare` made.  It takes over the descriptors."""
-
-    @classmethod
-    @abc.abstractmethod
-    def remove(cls, spec: StoreSpec) -> None:
-        """Delete every page of this region and what `prepare` made; called once, by the launcher, at the end."""
 
     @abc.abstractmethod
     def get_many(self, pages: PageNumbers, out: PageBytes) -> Mask:
@@ -74,7 +71,8 @@ class Store(abc.ABC):
             out: shape (n, page_size), C-contiguous; row i receives page ``pages[i]``.
 
         Returns:
-            shape (n,): False where the store has no such page (its row of `out` is then undefined).
+            shape (n,): a `Found` for each page.  Where it is not THERE, its row of `out` is undefined; one bad page
+            never keeps the others of its batch from being read.
         """
 
     @abc.abstractmethod
@@ -101,3 +99,32 @@ class Store(abc.ABC):
     def stats(self) -> dict[str, Any]:
         """Figures worth showing an operator (bytes used, server version, ...)."""
         return {}
+
+    def epoch(self) -> str | None:
+        """Something that changes when the store may have forgotten pages that it had acknowledged (a server's run
+        id); None where it cannot forget.  Asks the store, so it may raise what the others raise.
+        """
+        return None
+
+
+class Store(OpenStore):
+    """What a store's class is: how one comes to be, and its end."""
+
+    @classmethod
+    @abc.abstractmethod
+    def prepare(cls, spec: StoreSpec) -> list[int]:
+        """Create or check what the store needs before any worker opens it; called once, by the launcher.
+
+        Returns:
+            File descriptors that each worker's `open` needs (owned by the caller from then on); often none.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def open(cls, spec: StoreSpec, descriptors: Sequence[int]) -> OpenStore:
+        """A store object for this process, over what `prepare` made.  It takes over the descriptors."""
+
+    @classmethod
+    @abc.abstractmethod
+    def remove(cls, spec: StoreSpec) -> None:
+        """Delete every page of this region and what `prepare` made; called once, by the launcher, at the end."""

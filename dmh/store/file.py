@@ -1,6 +1,6 @@
-"""``file:PATH`` - a sparse page file on a local disk, and its index beside it (``PATH.index``).
+"""``file:PATH`` - a sparse page file on a local disk.
 
-Owns where the files live, their lock and their removal; what is in them is `dmh.store.paged_file`.  A page file
+Owns where the file lives, its lock, its mark and its removal; what is in it is `dmh.store.paged_file`.  A page file
 belongs to one service at a time: the launcher holds an exclusive lock on it, and starts with it empty, because pages
 mean nothing without the table of the region that wrote them.
 """
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from dmh.config import about
 from dmh.errors import StoreError
 from dmh.store.base import StoreSpec
-from dmh.store.paged_file import PagedFile
+from dmh.store.paged_file import PagedFile, make_index
 
 
 def path_of(url: str) -> Path:
@@ -28,20 +28,14 @@ def path_of(url: str) -> Path:
     return Path(parts.path).absolute()
 
 
-MARK = b"dmh page index 1"
-"""The end of every index, by which what a killed service left behind is told from somebody else's file."""
+MARK = b"dmh page file 2\n"
+"""The end of every page file, by which what a killed service left behind is told from somebody else's file."""
 
 
-def _strangers(path: Path, pages_fd: int, index_fd: int) -> Path | None:
-    """Which of the two files must not be written over: neither where they are new, or what a service has left."""
-    size = os.fstat(index_fd).st_size
-    if size and os.pread(index_fd, len(MARK), max(size - len(MARK), 0)) != MARK:
-        return _index_of(path)
-    return path if not size and os.fstat(pages_fd).st_size else None
-
-
-def _index_of(path: Path) -> Path:
-    return path.with_name(path.name + ".index")
+def _is_strange(fd: int) -> bool:
+    """This file must not be written over: it is neither new nor what a service has left."""
+    size = os.fstat(fd).st_size
+    return size > 0 and os.pread(fd, len(MARK), max(size - len(MARK), 0)) != MARK
 
 
 class FileStore(PagedFile):
@@ -51,42 +45,42 @@ class FileStore(PagedFile):
     def prepare(cls, spec: StoreSpec) -> list[int]:
         path = path_of(spec.url)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        opened: list[int] = []
-        made: list[Path] = []
+        fd = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             cls._check_room(path, spec)
-            for name in (path, _index_of(path)):
-                new = not name.exists()
-                fd = os.open(name, flags, 0o600)
-                opened.append(fd)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise StoreError(
-                        f"{name} is in use by another service: give this one a store.url of its own", region=spec.region
-                    ) from None
-                if new:
-                    made.append(name)
-            if strange := _strangers(path, *opened):
-                raise StoreError(
-                    f"{strange} exists and is not a page file of dmh: nothing of it was touched; give store.url a name "
-                    "of its own",
-                    region=spec.region,
-                )
-            for fd, size in zip(opened, (spec.pages * spec.page_size, spec.pages * 8), strict=True):
-                os.ftruncate(fd, 0)
-                os.ftruncate(fd, size)
-            os.pwrite(opened[1], MARK, spec.pages * 8)
-        except (OSError, StoreError) as error:
-            for fd in opened:
+            new = not path.exists()
+            fd = os.open(path, flags, 0o600)
+            cls._claim(path, fd, spec)
+        except OSError as error:
+            if fd >= 0:
                 os.close(fd)
-            for name in made:
-                name.unlink(missing_ok=True)
-            if isinstance(error, StoreError):
-                raise
+                if new:
+                    path.unlink(missing_ok=True)
             raise StoreError(f"{path} cannot be used as a page file: {error.strerror}", region=spec.region) from error
-        return opened
+        except StoreError:
+            if fd >= 0:
+                os.close(fd)
+            raise
+        return [fd, make_index(spec)]
+
+    @staticmethod
+    def _claim(path: Path, fd: int, spec: StoreSpec) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"{path} is in use by another service: give this one a store.url of its own", region=spec.region
+            ) from None
+        if _is_strange(fd):
+            raise StoreError(
+                f"{path} exists and is not a page file of dmh: nothing of it was touched; give store.url a name of its "
+                "own",
+                region=spec.region,
+            )
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, spec.pages * spec.page_size)
+        os.pwrite(fd, MARK, spec.pages * spec.page_size)
 
     @staticmethod
     def _check_room(path: Path, spec: StoreSpec) -> None:
@@ -103,6 +97,4 @@ class FileStore(PagedFile):
 
     @classmethod
     def remove(cls, spec: StoreSpec) -> None:
-        path = path_of(spec.url)
-        path.unlink(missing_ok=True)
-        _index_of(path).unlink(missing_ok=True)
+        path_of(spec.url).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from dmh.store.base import StoreSpec
-from dmh.store.paged_file import PagedFile
+from dmh.store.paged_file import PagedFile, make_index
 
 
 class MemoryStore(PagedFile):
@@ -17,10 +17,8 @@ class MemoryStore(PagedFile):
     @classmethod
     def prepare(cls, spec: StoreSpec) -> list[int]:
         arena = os.memfd_create("dmh-arena", os.MFD_CLOEXEC)
-        index = os.memfd_create("dmh-arena-index", os.MFD_CLOEXEC)
         os.ftruncate(arena, spec.pages * spec.page_size)
-        os.ftruncate(index, spec.pages * 8)
-        return [arena, index]
+        return [arena, make_index(spec)]
 
     @classmethod
     def remove(cls, spec: StoreSpec) -> None:

@@ -1,15 +1,14 @@
-"""Pages in a sparse file, page n at byte n * page_size, with an index of what is stored and each page's checksum.
+"""Pages in a sparse file, page n at byte n * page_size, with an index of what is stored.
 
-The part that `file:` and `memory:` share: they differ in where the two files live.  The index is an array of 64-bit
-words mapped by every process, one a page: 0 where the file has no such page, else the page's XXH3-64 (a checksum of 0
-is kept as 1). The evictor writes it, after the page; the resolvers read it.  A place that follows from the page
+The part that `file:` and `memory:` share: they differ in where the file lives.  The index is shared memory, out of
+reach of whoever may write to the file: an array of 64-bit words, 1 where the file has that page, else 0.  The evictor
+writes it, after the page; the resolvers read it.  A place that follows from the page
 number needs no look-up and keeps runs of pages runs in the file, which is worth more here than a log's sequential
 writes: the kernel's page cache absorbs the rest.
 """
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from dmh.errors import PageCorrupt, StoreUnavailable
+from dmh.errors import StoreUnavailable
 from dmh.native import ffi, lib
 from dmh.store.base import Mask, PageBytes, PageNumbers, Store, StoreSpec
 
@@ -26,6 +25,13 @@ HOLE_BYTES = 1 << 20
 """Deleted runs shorter than this keep their blocks in the file: punching costs some 80 µs a call whatever the
 length.
 """
+
+
+def make_index(spec: StoreSpec) -> int:
+    """The index of a new, empty page file."""
+    fd = os.memfd_create("dmh-page-index", os.MFD_CLOEXEC)
+    os.ftruncate(fd, spec.pages * 8)
+    return fd
 
 
 class PagedFile(Store):
@@ -43,7 +49,7 @@ class PagedFile(Store):
         return cls(spec, descriptors)
 
     def get_many(self, pages: PageNumbers, out: PageBytes) -> Mask:
-        found = np.empty(len(pages), np.bool_)
+        found = np.empty(len(pages), np.uint8)
         result = lib.dmh_fetch_pages(
             self._fd, self._index_pointer, *self._arguments(pages), ffi.from_buffer("uint8_t[]", out),
             ffi.from_buffer("uint8_t[]", found), 0
@@ -58,11 +64,9 @@ class PagedFile(Store):
         return self._fd, self._index_pointer
 
     def put_many(self, pages: PageNumbers, data: PageBytes) -> None:
-        sums = np.empty(len(pages), np.uint64)
         source = ffi.from_buffer("uint8_t[]", data)
-        lib.dmh_hash_pages(source, len(pages), self.spec.page_size, ffi.from_buffer("uint64_t[]", sums))
         self._check(lib.dmh_write_pages(self._fd, *self._arguments(pages), source), "writing")
-        self._index[pages] = np.maximum(sums, 1)
+        self._index[pages] = 1
 
     def delete_many(self, pages: PageNumbers) -> None:
         self._index[pages] = 0
@@ -86,11 +90,5 @@ class PagedFile(Store):
         return ffi.from_buffer("uint64_t[]", pages), len(pages), self.spec.page_size
 
     def _check(self, result: int, doing: str) -> None:
-        if result == 0:
-            return
-        reason = os.strerror(-result)
-        if -result == errno.ENODATA:
-            raise PageCorrupt(
-                f"{self.spec.url} was truncated: pages that were stored are beyond its end", region=self.spec.region
-            )
-        raise StoreUnavailable(f"{doing} {self.spec.url} failed: {reason}", region=self.spec.region)
+        if result < 0:
+            raise StoreUnavailable(f"{doing} {self.spec.url} failed: {os.strerror(-result)}", region=self.spec.region)

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from dmh.errors import PageCorrupt, StoreError, StoreUnavailable
-from dmh.store.base import Mask, PageBytes, PageNumbers, Store, StoreSpec
+from dmh.errors import StoreError, StoreUnavailable
+from dmh.store.base import Found, Mask, PageBytes, PageNumbers, Store, StoreSpec
 from dmh.store.redis_link import RedisLink
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,7 @@ class RedisStore(Store):
 
     @classmethod
     def open(cls, spec: StoreSpec, descriptors: Sequence[int]) -> RedisStore:
-        store = cls(spec)
-        store._link.call("PING")  # connects, and so learns which process the server is
-        return store
+        return cls(spec)  # connects at the first request: a worker that is replaced while the server is away comes up
 
     @classmethod
     def remove(cls, spec: StoreSpec) -> None:
@@ -98,7 +96,7 @@ class RedisStore(Store):
             store.close()
 
     def get_many(self, pages: PageNumbers, out: PageBytes) -> Mask:
-        found = np.ones(len(pages), np.bool_)
+        found = np.full(len(pages), Found.THERE, np.uint8)
         if not len(pages):
             return found
         size, step = self._spec.page_size, self._per_command
@@ -112,9 +110,9 @@ class RedisStore(Store):
                 raise self._link.refusal("answered MGET with something else than one value for each key")
             for value in values:
                 if value is None:  # no such key, or one that is no string: MGET does not tell them apart
-                    found[row] = False
+                    found[row] = Found.MISSING
                 elif len(value) != size:
-                    raise self._corrupt(int(pages[row]), len(value))
+                    found[row] = self._damaged(int(pages[row]), len(value))
                 else:
                     rows[row * size : (row + 1) * size] = value
                 row += 1
@@ -150,6 +148,10 @@ class RedisStore(Store):
             if monotonic() > deadline:
                 raise self._link.unavailable(f"its append-only file was not on disk after {self._spec.timeout} s")
 
+    def epoch(self) -> str | None:
+        self._link.call("PING")  # connects again if need be, and so learns which process the server is
+        return self._link.run_id
+
     def close(self) -> None:
         self._link.close()
 
@@ -157,7 +159,7 @@ class RedisStore(Store):
         figures: dict[str, Any] = {"address": self._link.address}
         try:
             info = self._link.info()
-        except StoreUnavailable as error:
+        except StoreError as error:
             figures["unavailable"] = str(error)
         else:
             figures["server_version"] = info.get("valkey_version") or info.get("redis_version")
@@ -176,13 +178,12 @@ class RedisStore(Store):
         commands = (self._link.pack("UNLINK", *keys[i : i + step]) for i in range(0, len(keys), step))
         self._link.request(commands, lambda reply: None, len(keys) * self._spec.page_size)
 
-    def _corrupt(self, page: int, size: int) -> PageCorrupt:
-        return PageCorrupt(
-            f"page {page} of region {self._spec.region} has {size} bytes instead of {self._spec.page_size} in the page "
-            f"store {self._link.address}: something else writes to its keys, or the region had another page size",
-            region=self._spec.region,
-            page=page,
-        )
+    def _damaged(self, page: int, size: int) -> Found:
+        log.error(
+            "page %d of region %s has %d bytes instead of %d in the page store %s: something else writes to its keys",
+            page, self._spec.region, size, self._spec.page_size, self._link.address,
+        )  # fmt: skip
+        return Found.DAMAGED
 
 
 class _Mset:

@@ -61,6 +61,7 @@ class RedisLink:
         self.restarts = 0  # times a new connection found another run_id than the one before it
         self._region = region
         self._timeout = timeout
+        self._client_id: int | None = None
         self._live = False  # _live: connected, and no reply of an earlier request is still to come
         self.silence = min(CONNECT_TIMEOUT + largest_command / SLOWEST_LINK, timeout / 4)  # longest wait for more bytes
         try:
@@ -143,6 +144,10 @@ class RedisLink:
 
     def _connect(self) -> None:
         self._connection.connect()
+        if self._client_id is not None:
+            # What the connection before this one had sent may still be on its way, and overtake what we write next.
+            self._ask_if_allowed("CLIENT", "KILL", "ID", self._client_id)
+        self._client_id = self._ask_if_allowed("CLIENT", "ID")
         self._connection.send_packed_command(self.pack("INFO", "server"), check_health=False)
         run_id = _fields(self._connection.read_response(disable_decoding=True)).get("run_id")
         if self.run_id not in (None, run_id):
@@ -150,6 +155,15 @@ class RedisLink:
             self.restarts += 1
             log.warning("the page store %s is another process than before (run_id %s)", self.address, run_id)
         self.run_id, self._live = run_id, True
+
+    def _ask_if_allowed(self, *command: bytes | str | int) -> int | None:
+        """The answer, if it is a number; None where this user may not ask, or there is nothing to tell."""
+        self._connection.send_packed_command(self.pack(*command), check_health=False)
+        try:
+            answer = self._connection.read_response(disable_decoding=True)
+        except redis.ResponseError:
+            return None
+        return answer if isinstance(answer, int) else None
 
     def _sorted(self, error: redis.RedisError | OSError) -> StoreError:
         words = str(error) or type(error).__name__

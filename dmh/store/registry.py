@@ -1,16 +1,18 @@
-"""Which class serves a store URL, and the trip of a `StoreSpec` to the workers.
+"""Which class serves a store URL, which layers sit on it, and the trip of a `StoreSpec` to the workers.
 
 Stores are found through the entry-point group ``dmh.stores`` (scheme -> class), so another package can add one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
 from dmh.errors import StoreError
-from dmh.store.base import Store, StoreSpec
+from dmh.store.base import OpenStore, Store, StoreSpec
+from dmh.store.layers import encrypt
 
 GROUP = "dmh.stores"
 
@@ -31,6 +33,38 @@ def store_class(url: str) -> type[Store]:
     )
 
 
+def prepare(spec: StoreSpec) -> list[int]:
+    """What `Store.prepare` and the layers make: the descriptors that each worker's `open_store` needs."""
+    own = encrypt.prepare(spec) if encrypted(spec) else []
+    try:
+        return own + store_class(spec.url).prepare(_inner(spec))
+    except BaseException:
+        for fd in own:
+            os.close(fd)
+        raise
+
+
+def open_store(spec: StoreSpec, descriptors: Sequence[int]) -> OpenStore:
+    """The store of `spec` for this process, with its layers."""
+    layers = encrypt.DESCRIPTORS if encrypted(spec) else 0
+    store = store_class(spec.url).open(_inner(spec), descriptors[layers:])
+    return encrypt.EncryptedStore(spec, descriptors[:layers], store) if layers else store
+
+
+def remove(spec: StoreSpec) -> None:
+    """`Store.remove`, for what `prepare` made."""
+    store_class(spec.url).remove(_inner(spec))
+
+
+def encrypted(spec: StoreSpec) -> bool:
+    """The store holds something else than the pages' own bytes."""
+    return spec.encrypt != "none"
+
+
+def _inner(spec: StoreSpec) -> StoreSpec:
+    return encrypt.inner_spec(spec) if encrypted(spec) else spec
+
+
 def spec_to_wire(spec: StoreSpec) -> dict[str, Any]:
     """A JSON-able form of the spec."""
     return {name: getattr(spec, name) for name in StoreSpec.__slots__} | {"region_id": spec.region_id.hex()}
@@ -39,8 +73,3 @@ def spec_to_wire(spec: StoreSpec) -> dict[str, Any]:
 def spec_from_wire(wire: dict[str, Any]) -> StoreSpec:
     """The inverse of `spec_to_wire`."""
     return StoreSpec(**(wire | {"region_id": bytes.fromhex(wire["region_id"])}))
-
-
-def open_store(spec: StoreSpec, descriptors: Sequence[int]) -> Store:
-    """The store of `spec` for this process."""
-    return store_class(spec.url).open(spec, descriptors)

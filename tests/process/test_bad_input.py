@@ -111,14 +111,6 @@ class TestStores:
         assert path.read_bytes() == content
         assert list(tmp_path.iterdir()) == [path]
 
-    def test_what_stands_in_the_way_of_the_index_is_not_overwritten_either(self, tmp_path: Path) -> None:
-        index = tmp_path / "book.index"
-        index.write_text("Aardvark 17, Zebra 98")
-        with pytest.raises(StoreError, match=str(index)):
-            dmh.open(settings(f"store.url=file://{tmp_path}/book")).close()
-        assert index.read_text() == "Aardvark 17, Zebra 98"
-        assert list(tmp_path.iterdir()) == [index]
-
     def test_what_a_killed_service_left_is_taken_over(self, tmp_path: Path) -> None:
         """What a crash left behind is dmh's own, and no reason to refuse."""
         path = tmp_path / "pages"

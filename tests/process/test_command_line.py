@@ -41,11 +41,7 @@ class Service:
 
     def left(self) -> list[str]:
         """What a service of this name has left behind."""
-        found = [
-            str(path)
-            for path in (service_directory(self.name), self.pages, self.pages.with_name("pages.index"))
-            if path.exists()
-        ]
+        found = [str(path) for path in (service_directory(self.name), self.pages) if path.exists()]
         for directory in Path("/proc").glob("[0-9]*"):
             try:
                 if f"\0{self.name}\0".encode() in directory.joinpath("cmdline").read_bytes():

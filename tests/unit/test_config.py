@@ -87,7 +87,7 @@ def test_defaults() -> None:
         "workers": {"resolvers": 2, "inline": True, "spin_us": "auto", "cpus": "auto"},
         "evictor": {"policy": "fifo", "idle": "buffer", "buffer": 0.04, "batch": 256},
         "prefetch": {"enabled": True, "window": "4MiB"},
-        "store": {"url": "file:///var/tmp/x", "timeout": 30.0, "on_failure": "wait"},
+        "store": {"url": "file:///var/tmp/x", "timeout": 30.0, "on_failure": "wait", "encrypt": "none"},
         "service": {"grace": 5.0, "grace_launcher": 600.0, "metrics": "off"},
     }
     assert POLICIES == ("fifo", "idle-walk")
