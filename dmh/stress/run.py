@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from dmh.config import Config, about
 from dmh.region.connection import Connection, start_service
-from dmh.service.clients import PROTOCOL
+from dmh.service.client import PROTOCOL
 from dmh.service.paths import SOCKET_VARIABLE, control_socket, service_directory
 from dmh.stress.killer import Store, Workers
 from dmh.stress.look import LATER, Look, kinds_of

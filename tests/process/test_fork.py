@@ -224,8 +224,11 @@ class TestFollowed:
             libc.memchr(address, none, ctypes.c_size_t(array.nbytes))
             libc._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        wait_until(lambda: region.stats().programs == 1, "it is forgotten")
         assert holds(array)
+        del array
+        gc.collect()
+        assert not region.empty(region.size, "u1")[:: 50 * 4096].any(), "what it held is free when it is needed"
+        wait_until(lambda: region.stats().programs == 1, "it is forgotten")
 
     def test_a_sealed_mapping(self, open_region: OpenRegion) -> None:
         code = """
