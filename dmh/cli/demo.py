@@ -29,7 +29,7 @@ from dmh.demo.progress import Job, Progress
 from dmh.errors import RegionError, ServiceError, StoreError
 from dmh.observe.report import Snapshot
 from dmh.region.connection import Connection, start_service
-from dmh.service.clients import PROTOCOL
+from dmh.service.client import PROTOCOL
 from dmh.service.paths import SOCKET_VARIABLE, control_socket, service_directory
 
 TIMES = 4

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmh.errors import ServiceError
 from dmh.native import ffi, lib
 from dmh.service.channel import Message
-from dmh.service.worker import Worker
+
+if TYPE_CHECKING:
+    from dmh.service.worker import Worker
 
 
 class Births:

@@ -30,7 +30,7 @@ from dmh.region.connection import Connection, find_socket, start_service
 from dmh.region.guardian import Guardian, Patience
 from dmh.region.mapping import Mapping
 from dmh.service.channel import Message
-from dmh.service.clients import PROTOCOL
+from dmh.service.client import PROTOCOL
 
 
 class Region:

@@ -1,7 +1,8 @@
 """What programs ask of a service, over its control socket.
 
-Owns the connections and what each of them holds (its view, its allocations, its pins), and gives all of it back when
-the program goes. Does not own the workers (`dmh.service.pool`).  Runs in the launcher's one thread.
+Owns the connections, the programs' views and pins, and the order in which all that a program had goes back when it
+ends.  Does not own the rules for pages (`dmh.service.holdings`), children that have not spoken yet
+(`dmh.service.children`), nor the workers (`dmh.service.pool`).  Runs in the launcher's one thread.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import logging
 import os
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dmh.errors import DmhError, ProtocolError, RegionError, ServiceError
 from dmh.native import lib
 from dmh.service.channel import Channel, Message, close_all
+from dmh.service.children import Children
+from dmh.service.client import PROTOCOL, Client, Operation, outcome
+from dmh.service.holdings import Holdings
 from dmh.service.ledger import State, started
 from dmh.service.pool import View, pins_in_force
 
@@ -24,40 +27,6 @@ if TYPE_CHECKING:
     from dmh.service.launcher import Launcher
 
 log = logging.getLogger("dmh")
-
-PROTOCOL = 1
-LOOK_SECONDS = 0.1
-"""How often to look whether children that do not speak are still there."""
-
-
-@dataclass(slots=True)
-class Client:
-    """One program, or one connection of something else (`dmh stats`).
-
-    Attributes:
-        channel: its connection; None while it has none: a forked child that does not speak, or a program that has not
-            found this launcher yet, which took over from another.
-        pid: its process; 0 for a child that is not known by name.
-        view: the number of its mapping, 0 without one; `uffd` and `base` are that mapping's.
-        follows: its forks are announced.
-        owner: the service ends with it.
-        leaving: it has ended, and what it held is given back as soon as its last children are known.
-        blocks: first page -> [pages, how often it holds them], of its arrays.
-        pins: (first page, pages), as often as they were pinned.
-    """
-
-    channel: Channel | None
-    pid: int
-    greeted: bool = False
-    view: int = 0
-    uffd: int = -1
-    base: int = 0
-    pidfd: int = -1
-    follows: bool = False
-    owner: bool = False
-    leaving: bool = False
-    blocks: dict[int, list[int]] = field(default_factory=dict)
-    pins: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Clients:
@@ -68,21 +37,13 @@ class Clients:
         self.all: list[Client] = []
         self.refused = 0
         self._next_view = 1
-        self._waiting_for_room: list[tuple[Client, Message]] = []
-        self._being_freed = 0
-        self._freed: list[tuple[Client, int]] = []
-        self._asking_for_births = False
-        self._loans: dict[int, tuple[int, int]] = {}  # loan -> first page, the lender's view; 0: it has been taken
-        self._operations: dict[str, Callable[[Client, Message, list[int]], Message | None]] = {
+        self.holdings = Holdings(launcher, self)
+        self.children = Children(launcher, self)
+        self._operations: dict[str, Operation] = self.holdings.operations | {
             "hello": self._hello,
             "resume": self._resume,
             "register": self._register,
             "detach": self._detach,
-            "allocate": self._allocate,
-            "free": self._free,
-            "lend": self._lend,
-            "take-loan": self._take_loan,
-            "take": self._take,
             "prefetch": self._prefetch,
             "discard": self._forward,
             "evict": self._forward,
@@ -114,7 +75,7 @@ class Clients:
         Returns views that no program is known for: it had detached, and not every worker had heard of it.
         """
         self._next_view = state.views + 1
-        self._loans = dict(state.loans)
+        self.holdings.loans = dict(state.loans)
         for program in list(state.programs.values()):
             uffd = views.pop(program.view, -1)
             if uffd < 0:  # it was just registering, and nobody had told it that it was
@@ -136,13 +97,13 @@ class Clients:
         pool = self._launcher.pool
         for view in strangers:
             pool.tell_all({"op": "view-remove", "view": view}, lambda replies: None)
-        for message, uffd in self.views():
-            pool.tell_all(message, lambda replies: None, [uffd])
+        for client in self.all:
+            self.add_view(client, lambda problem: None)
         for message in pins_in_force(self.pinned()):
             pool.tell(pool.by_role("evictor"), message, lambda reply: None)
         pool.tell(pool.by_role("monitor"), {"op": "forget-dispatched"}, lambda reply: None)
         for first, count in list(self._launcher.ledger.state.freeing.items()):
-            self._release(0, first, count)
+            self.holdings.release(0, first, count)
         for client in list(self.all):
             program = self._launcher.ledger.state.programs[client.view]
             if program.pid and started(program.pid) != program.started:
@@ -206,7 +167,7 @@ class Clients:
             with contextlib.suppress(ServiceError):
                 client.channel.send(answer, descriptors or [])
 
-    # ---- operations: each returns its answer, or None where the answer comes later or none is expected
+    # ---- operations (`dmh.service.client.Operation`)
 
     def _hello(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
         if message.get("version") != PROTOCOL:
@@ -256,12 +217,12 @@ class Clients:
         base = int(message["base"])
         check_userfaultfd(descriptors[0], base, self._launcher.config.region.size)
         client.uffd, client.base, client.follows = descriptors.pop(), base, bool(message.get("follows"))
-        self._enter(client)
+        self.enter(client)
         # Answered when every worker knows the view: until then nobody would resolve its faults.
-        self._add_view(client, lambda problem: self.reply(client, problem or {"view": client.view}))
+        self.add_view(client, lambda problem: self.reply(client, problem or {"view": client.view}))
         return None
 
-    def _enter(self, client: Client, parent: int = 0) -> None:
+    def enter(self, client: Client, parent: int = 0) -> None:
         """Give a mapping its number, and write it down."""
         client.view = self._next_view
         self._next_view += 1
@@ -269,7 +230,7 @@ class Clients:
         fields = {"base": client.base, "owner": client.owner, "follows": client.follows, "parent": parent}
         self._launcher.ledger.note("register", view=client.view, **process, **fields)
 
-    def _add_view(self, client: Client, then: Callable[[Message | None], None]) -> None:
+    def add_view(self, client: Client, then: Callable[[Message | None], None]) -> None:
         """Make a mapping known to the workers; the monitor comes last.
 
         It reads the mapping's messages: if it knew the view before a resolver does, it could drop one because that
@@ -291,132 +252,8 @@ class Clients:
                 pool.tell(worker, message, one, [client.uffd])
 
     def _detach(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
-        self._after_births(client, lambda: self._give_up(client, lambda: self.reply(client, {})))
+        self.holdings.after_births(client, lambda: self._give_up(client, lambda: self.reply(client, {})))
         return None
-
-    def _allocate(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
-        count = int(message["count"])
-        try:
-            first = self._launcher.extents.allocate(count)
-        except RegionError:
-            self.look_after_children()
-            if self._being_freed or self._freed or self._asking_for_births:
-                self._waiting_for_room.append((client, message))
-                return None
-            raise
-        client.blocks[first] = [count, 1]
-        self._launcher.ledger.note("allocate", view=client.view, first=first, count=count)
-        return {"first": first}
-
-    def _take(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
-        self._launcher.extents.take(int(message["first"]), int(message["count"]))
-        self._launcher.ledger.note("take", first=int(message["first"]), count=int(message["count"]))
-        return {}
-
-    def _free(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
-        first = int(message["first"])
-        if not client.follows:
-            self._let_go(client, first)
-            return None
-        # A child that was forked before this was said may not be known yet, and holds the array as well.
-        self._freed.append((client, first))
-        if not self._asking_for_births:
-            self._ask_for_births()
-        return None
-
-    def _ask_for_births(self) -> None:
-        freed, self._freed = self._freed, []
-        self._asking_for_births = True
-
-        def told(reply: Message) -> None:
-            self._asking_for_births = False
-            for client, first in freed:
-                self._let_go(client, first)
-            if self._freed:
-                self._ask_for_births()
-            else:
-                self._answer_waiting()
-
-        self._launcher.pool.tell(self._launcher.pool.by_role("monitor"), {"op": "births"}, told)
-
-    def _after_births(self, client: Client, then: Callable[[], None]) -> None:
-        """Go on when every child that this program has forked is known."""
-        if client.follows:
-            self._launcher.pool.tell(self._launcher.pool.by_role("monitor"), {"op": "births"}, lambda reply: then())
-        else:
-            then()
-
-    def _let_go(self, client: Client, first: int) -> None:
-        """One hold less on an array; its pages go back with the last one of the last program."""
-        held = client.blocks.get(first)
-        if held is None:
-            return
-        held[1] -= 1
-        if held[1]:
-            self._launcher.ledger.note("let-go", view=client.view, first=first)
-            return
-        del client.blocks[first]
-        if any(first in other.blocks for other in self.all):
-            self._launcher.ledger.note("let-go", view=client.view, first=first)
-        else:
-            self._release(client.view, first, held[0])
-
-    def _lend(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
-        """One hold more on an array, for whoever asks for the loan that is answered."""
-        first = int(message["first"])
-        if first not in client.blocks:
-            raise RegionError("an array that this program does not hold cannot be lent")
-        loan = self._launcher.ledger.state.loan + 1
-        client.blocks[first][1] += 1
-        self._loans[loan] = first, client.view
-        self._launcher.ledger.note("lend", view=client.view, first=first, loan=loan)
-        return {"loan": loan}
-
-    def _take_loan(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
-        """The hold goes over to this program; who comes later gets one of his own, as long as anybody has one."""
-        loan = int(message["loan"])
-        if loan not in self._loans:
-            raise RegionError(
-                "this array is gone: whoever sent it has ended, or it was received before and nobody has kept it"
-            )
-        first, lender = self._loans[loan]
-        holder = next(other for other in self.all if first in other.blocks)
-        count = holder.blocks[first][0]
-        client.blocks.setdefault(first, [count, 0])[1] += 1
-        self._loans[loan] = first, 0
-        self._launcher.ledger.note("take-loan", view=client.view, first=first, count=count, loan=loan)
-        if lent := next((other for other in self.all if lender and other.view == lender), None):
-            self._let_go(lent, first)
-        return {"first": first, "count": count}
-
-    def _release(self, view: int, first: int, count: int) -> None:
-        """Pages go back to the pool only when their content is gone: the next owner must find zeros."""
-        self._being_freed += 1
-        self._loans = {loan: lent for loan, lent in self._loans.items() if not first <= lent[0] < first + count}
-        self._launcher.ledger.note("freeing", view=view, first=first, count=count)
-
-        def done(reply: Message) -> None:
-            self._being_freed -= 1
-            if "error" in reply:
-                log.error("pages %d..%d are not given back: %s", first, first + count - 1, reply["error"])
-            else:
-                self._launcher.extents.release(first, count)
-                self._launcher.ledger.note("freed", first=first, count=count)
-            self._answer_waiting()
-
-        self._launcher.pool.tell(
-            self._launcher.pool.by_role("evictor"), {"op": "discard", "first": first, "count": count}, done
-        )
-
-    def _answer_waiting(self) -> None:
-        waiting, self._waiting_for_room = self._waiting_for_room, []
-        for client, message in waiting:
-            try:
-                answer = self._allocate(client, message, [])
-            except RegionError as error:
-                answer = {"error": str(error), "kind": "RegionError"}
-            if answer is not None:
-                self.reply(client, answer)
 
     def _range(self, message: Message) -> Message:
         first, count = int(message["first"]), int(message["count"])
@@ -426,7 +263,7 @@ class Clients:
 
     def _forward(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
         evictor = self._launcher.pool.by_role("evictor")
-        self._launcher.pool.tell(evictor, self._range(message), lambda reply: self.reply(client, _outcome(reply)))
+        self._launcher.pool.tell(evictor, self._range(message), lambda reply: self.reply(client, outcome(reply)))
         return None
 
     def _prefetch(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
@@ -444,7 +281,7 @@ class Clients:
             elif "error" not in reply:
                 client.pins.append((wanted["first"], wanted["count"]))
                 self._launcher.ledger.note("pin", view=client.view, first=wanted["first"], count=wanted["count"])
-            self.reply(client, _outcome(reply))
+            self.reply(client, outcome(reply))
 
         self._launcher.pool.tell(self._launcher.pool.by_role("evictor"), wanted, done)
         return None
@@ -465,52 +302,6 @@ class Clients:
         self._launcher.stop(lambda: self.reply(client, {}))
         return None
 
-    # ---- forked children
-
-    def born(self, message: Message, descriptors: list[int]) -> None:
-        """What the monitor has read of a birth: first the child's userfaultfd, then, when the child touches its birth
-        page, which process it is.
-        """
-        parent = next((client for client in self.all if client.view == message["view"]), None)
-        if not descriptors:
-            if parent is not None and not parent.pid:
-                parent.pid = int(message["pid"])
-                self._launcher.ledger.note("process", view=parent.view, pid=parent.pid, started=started(parent.pid))
-                self._launcher.watch_process(parent)
-            if parent is not None:
-                lib.dmh_birth_answer(parent.uffd, parent.base, self._size, False)
-            return
-        child = Client(None, 0, uffd=descriptors.pop(), base=int(message["base"]), follows=True)
-        if parent is not None:
-            child.blocks = deepcopy(parent.blocks)
-        full = self.attached >= self._launcher.most_programs
-        self.all.append(child)
-        self._enter(child, message["view"])
-
-        def known(problem: Message | None) -> None:
-            if problem:
-                log.error("a forked child cannot use the region, and is ended: %s", problem["error"])
-                lib.dmh_birth_answer(child.uffd, child.base, self._size, True)
-
-        if full:
-            known({"error": "this service has descriptors for no more programs: start it with a larger `ulimit -n`"})
-        else:
-            self._add_view(child, known)
-
-    def look_after_children(self) -> float | None:
-        """Give back what forked children held that have ended or become other programs, which nobody announces.
-        Returns in how many seconds to look again; None: there are none.
-        """
-        children = [client for client in self.all if client.channel is None and client.follows and not client.leaving]
-        for child in children:
-            if lib.dmh_view_is_gone(child.uffd, child.base):
-                self._launcher.drop(child)
-        return LOOK_SECONDS if children else None
-
-    @property
-    def _size(self) -> int:
-        return self._launcher.config.region.size
-
     # ---- the end of a client
 
     def drop(self, client: Client) -> None:
@@ -518,16 +309,17 @@ class Clients:
         if client.leaving:
             return
         client.leaving = True
-        self._waiting_for_room = [w for w in self._waiting_for_room if w[0] is not client]
+        self.holdings.leaves(client)
         if client.channel is not None:
             client.channel.close()
         if client.owner:
             self._launcher.stop(lambda: None)
-        self._after_births(client, lambda: self._remove(client))
+        self.holdings.after_births(client, lambda: self._remove(client))
 
     def _remove(self, client: Client) -> None:
         self.all.remove(client)
         self._give_up(client, lambda: None)
+        self.holdings.answer_waiting()
         self._launcher.on_detach()
 
     def close(self) -> None:
@@ -544,9 +336,7 @@ class Clients:
         for first, count in client.pins:
             self._launcher.pool.tell(evictor, {"op": "unpin", "first": first, "count": count}, lambda reply: None)
         client.pins.clear()
-        blocks, client.blocks = client.blocks, {}
-        for first, count in _merged(blocks, {first for other in self.all for first in other.blocks}):
-            self._release(client.view, first, count)
+        self.holdings.give_back(client)
         if not client.view:
             then()
             return
@@ -573,22 +363,3 @@ def check_userfaultfd(fd: int, base: int, size: int) -> None:
     if not 0 < base < 1 << 63 or lib.dmh_uffd_wake(fd, base, size) < 0:
         raise ProtocolError(f"no mapping can lie at {base:#x}, or its userfaultfd is not set up")
     os.set_blocking(fd, False)  # or the monitor would find it ready for ever
-
-
-def _merged(blocks: dict[int, list[int]], held: set[int]) -> list[tuple[int, int]]:
-    """The runs of pages that nobody holds any more, neighbours joined: a program with many small arrays gives them back
-    in few requests.
-    """
-    runs: list[tuple[int, int]] = []
-    for first, (count, _) in sorted(blocks.items()):
-        if first in held:
-            continue
-        if runs and sum(runs[-1]) == first:
-            runs[-1] = (runs[-1][0], runs[-1][1] + count)
-        else:
-            runs.append((first, count))
-    return runs
-
-
-def _outcome(reply: Message) -> Message:
-    return {"error": reply["error"], "kind": "RegionError"} if "error" in reply else {}

@@ -31,7 +31,8 @@ from dmh.region.extents import Extents
 from dmh.service import adoption, requirements
 from dmh.service.adoption import Estate
 from dmh.service.channel import Message
-from dmh.service.clients import Client, Clients
+from dmh.service.client import Client
+from dmh.service.clients import Clients
 from dmh.service.ledger import Ledger
 from dmh.service.listener import Listener
 from dmh.service.paths import ServiceDirectory, control_socket, hold_alive, ledger_file
@@ -146,7 +147,7 @@ class Launcher:
         )
         self.pool = Pool(setup, [self.region_fd, table_fd, slots_fd, pipe[0], pipe[1]], store_fds)
         self._undo.callback(self.pool.stop)
-        self.pool.on_birth = self.clients.born
+        self.pool.on_birth = self.clients.children.born
         self.pool.start()
         self.pool.wait_ready()
         for worker in self.pool.workers:
@@ -191,7 +192,7 @@ class Launcher:
         setup = dataclasses.replace(setup, number=0, restarted=False, preamble=0)
         self.pool = Pool(setup, estate.descriptors[:known], estate.descriptors[known:])
         self._undo.callback(self.pool.stop)
-        self.pool.on_birth = self.clients.born
+        self.pool.on_birth = self.clients.children.born
         strangers = self.clients.restore(self.ledger.state, estate.views)
         self.pool.workers = estate.workers
         for number in estate.missing:
@@ -244,7 +245,7 @@ class Launcher:
     def run(self) -> None:
         """Serve until stopped."""
         while not self._stopping:
-            for key, _ in self._selector.select(self.clients.look_after_children()):
+            for key, _ in self._selector.select(self.clients.children.look_after()):
                 # One that a call before this one in the same round has ended is not asked any more.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()

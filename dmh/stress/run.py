@@ -26,7 +26,7 @@ from typing import IO
 
 from dmh.config import Config, about
 from dmh.region.connection import Connection, start_service
-from dmh.service.clients import PROTOCOL
+from dmh.service.client import PROTOCOL
 from dmh.service.paths import control_socket, service_directory
 from dmh.service.pool import STOP_SECONDS as POOL_STOP_SECONDS
 from dmh.stress.child import Program

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from regions import page_of, run_python, settings, wait_until
+from regions import inside, page_of, run_python, settings, start_python, wait_until
 
 import dmh
+from dmh.lspt.steps import NUMBERS
 from dmh.native import ffi, lib
 
 OpenRegion = Callable[..., dmh.Region]
@@ -224,8 +225,11 @@ class TestFollowed:
             libc.memchr(address, none, ctypes.c_size_t(array.nbytes))
             libc._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        wait_until(lambda: region.stats().programs == 1, "it is forgotten")
         assert holds(array)
+        del array
+        gc.collect()
+        assert not region.empty(region.size, "u1")[:: 50 * 4096].any(), "what it held is free when it is needed"
+        wait_until(lambda: region.stats().programs == 1, "it is forgotten")
 
     def test_a_sealed_mapping(self, open_region: OpenRegion) -> None:
         code = """
@@ -278,6 +282,45 @@ class TestFollowed:
                 thread.join()
         for own in range(2):
             assert (counters[own, :, own * 7] == rounds[own]).all()
+
+    def test_a_fork_that_begins_while_the_monitor_fills_a_page(self, open_region: OpenRegion) -> None:
+        """The kernel refuses to fill until the fork is announced, and it is the monitor that would read that."""
+        region = open_region("prefetch.enabled=false", "workers.inline=true")
+        code = """
+            import os, sys, threading
+            import dmh
+            from dmh.native import lib
+            region = dmh.attach(sys.argv[1])
+            array = region.zeros((2, 4096), "u1")
+            address = region._mapping.pointer(region.offset_of(array))
+            touching = threading.Thread(target=lib.dmh_touch, args=(address, 1, 1))  # without the interpreter lock
+            print("ready", flush=True)
+            sys.stdin.readline()
+            touching.start()
+            sys.stdin.readline()
+            child = os.fork()
+            if not child:
+                os._exit(array[1, 1])
+            touching.join()
+            print("forked", os.waitpid(child, 0)[1], flush=True)
+            """
+        with inside(region) as look, start_python(code, region.name) as program:
+            assert program.stdin is not None
+            assert program.stdout is not None
+            assert program.stdout.readline() == "ready\n"
+            monitor = int(look.table.raw.pids[0])
+            look.table.raw.park = NUMBERS["claimed"] + 1
+            program.stdin.write("touch\n")
+            program.stdin.flush()
+            wait_until(lambda: look.table.raw.parked == 1, "the monitor has claimed the page")
+            program.stdin.write("fork\n")
+            program.stdin.flush()
+            wchan = Path(f"/proc/{program.pid}/task/{program.pid}/wchan")
+            wait_until(lambda: "userfault" in wchan.read_text(), "fork() waits for its announcement to be read")
+            look.table.raw.parked = 0
+            os.kill(monitor, signal.SIGSTOP)  # so that it looks whether it is still to stand there
+            os.kill(monitor, signal.SIGCONT)
+            assert program.stdout.readline() == "forked 0\n"
 
     def test_everything_dies_at_once(self, tmp_path: Path) -> None:
         """A child holds a userfaultfd of its own, or it would read zeros when the service's are closed."""
