@@ -18,7 +18,7 @@ import numpy as np
 
 from dmh.evict.leave import Leaver
 from dmh.evict.lpet import Lpet
-from dmh.evict.policies import POLICIES
+from dmh.evict.policies import policy_class
 from dmh.lspt.states import State
 from dmh.native import lib
 from dmh.service.channel import Message
@@ -42,7 +42,8 @@ class Evictor:
         recover(worker, self.store)
         pipe = worker.pipe_out, worker.pipe_in
         self.leaver = Leaver(self.table, worker.context, setup.number, worker.slots, pipe, self.store, worker.retry())
-        self.lpet = Lpet(self.table, POLICIES[setup.policy](), self.leaver, setup.batch, setup.number)
+        policy = policy_class(setup.policy)(self.table.pages, int(self.table.raw.high), seed=setup.number)
+        self.lpet = Lpet(self.table, policy, self.leaver, setup.batch, setup.number)
         self.requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
         for operation in ("discard", "evict", "flush", "pin", "unpin", "pins-in-force", "store-stats"):
             worker.handle(operation, self._enqueue)

@@ -24,8 +24,9 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from dmh.config.quantity import KIB, MIB, Amount, format_size, parse_duration, parse_size, refusal, show
 from dmh.errors import ProtocolError
+from dmh.evict.policies import policy_names
 
-POLICIES = ("fifo", "idle-walk")
+POLICIES = tuple(policy_names())
 IDLE_SOURCES = ("buffer",)
 
 PAGE_SIZE_MIN, PAGE_SIZE_MAX = 4 * KIB, 2 * MIB

@@ -115,6 +115,11 @@ struct dmh_event { uint64_t order; uint64_t page; uint32_t kind; uint32_t thread
 #define DMH_EV_FAULT 0          /* a page came in because it was touched */
 #define DMH_EV_SOFT 1           /* a page came back from the victim buffer because it was touched */
 #define DMH_EV_PREFETCH 2       /* a page came in ahead of use */
+/* Told to policies by the evictor; never in a ring. */
+#define DMH_EV_GONE 3           /* a page is not local any more, or not the policy's to choose: discarded, pinned */
+#define DMH_EV_KEPT 4           /* a page is local although it was chosen, or nobody knows why; no use is known */
+#define DMH_EV_USED 5           /* the answer to `look`: used since it was marked */
+#define DMH_EV_IDLE 6           /* the answer to `look`: not used */
 int64_t  dmh_drain(struct dmh_shared *s, struct dmh_event *out, uint64_t max);
 
 /* ---- userfaultfd and mappings ---- */
@@ -229,6 +234,21 @@ int      dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, c
                          int keep);
 int      dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n);
 int      dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *busy);
+
+/* ---- eviction policies: decisions only; dmh/evict/policies/ has the algorithms ---- */
+
+struct dmh_policy;
+struct dmh_policy *dmh_policy_new(const char *name, uint64_t pages, uint64_t limit, int accessed, uint64_t seed,
+                                  const double *tuning, uint64_t n_tuning);
+void     dmh_policy_free(struct dmh_policy *p);
+void     dmh_policy_learn(struct dmh_policy *p, const uint64_t *pages, const uint8_t *kinds, uint64_t n);
+uint64_t dmh_policy_look(struct dmh_policy *p, uint64_t *out, uint64_t most);
+void     dmh_policy_choose(struct dmh_policy *p, uint64_t evict_most, uint64_t mark_most, uint64_t *evict, uint64_t *evict_n,
+                           uint64_t *mark, uint64_t *mark_n);
+void     dmh_policy_lists(struct dmh_policy *p, const uint64_t *pages, uint64_t n, uint8_t *out);
+uint64_t dmh_policy_count(struct dmh_policy *p);
+uint64_t dmh_policy_bytes(struct dmh_policy *p);
+const char *dmh_policy_validate(struct dmh_policy *p);
 
 /* ---- page contents ---- */
 
