@@ -191,7 +191,9 @@ class EvictorConfig(_Section):
     """What leaves local memory, and how."""
 
     policy: Annotated[str, _one_of(POLICIES)] = Field(
-        default="fifo", description="How victims are chosen.", json_schema_extra={"enum": list(POLICIES)}
+        default="auto",
+        description="How victims are chosen: auto, or one that docs/policies.md compares with it.",
+        json_schema_extra={"enum": list(POLICIES)},
     )
     idle: Annotated[str, _one_of(IDLE_SOURCES)] = Field(
         default="buffer",

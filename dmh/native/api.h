@@ -250,6 +250,17 @@ uint64_t dmh_policy_count(struct dmh_policy *p);
 uint64_t dmh_policy_bytes(struct dmh_policy *p);
 const char *dmh_policy_validate(struct dmh_policy *p);
 
+/* A simulated run: settings and figures. */
+struct dmh_replay {
+    uint64_t high, low;         /* a fault that finds `high` local pages has LPET evict down to `low` first */
+    uint64_t slots;             /* pages that may be staged, of those that are local */
+    uint64_t every;             /* the policy is told of every use */
+    uint64_t local, staged;     /* now */
+    uint64_t hard, soft, evicted, marks, looks;
+};
+int      dmh_replay_trace(struct dmh_policy *p, const uint64_t *trace, uint64_t n, uint8_t *state, struct dmh_replay *r);
+int64_t  dmh_replay_optimal(const uint64_t *trace, uint64_t n, uint64_t pages, uint64_t limit);
+
 /* ---- page contents ---- */
 
 uint64_t dmh_hash(const uint8_t *p, uint64_t n);

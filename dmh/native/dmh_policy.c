@@ -3,9 +3,13 @@
  *
  * Used by the evictor, by the simulator (dmh_replay.c) and by tests; all three run the same code.
  */
+#include <math.h>
+
 #include "policy.h"
 
-static const struct operations *const operations[] = { &policy_fifo, &policy_idle_walk };
+static const struct operations *const operations[] = {
+    &policy_fifo, &policy_idle_walk, &policy_random, &policy_clock, &policy_s3fifo, &policy_lirs, &policy_pgr, &policy_duel,
+};
 
 struct dmh_policy *dmh_policy_new(const char *name, uint64_t pages, uint64_t limit, int accessed, uint64_t seed,
                                   const double *tuning, uint64_t n_tuning)
@@ -64,7 +68,7 @@ uint64_t dmh_policy_bytes(struct dmh_policy *p) { return p->bytes; }
 void dmh_policy_lists(struct dmh_policy *p, const uint64_t *pages, uint64_t n, uint8_t *out)
 {
     for (uint64_t i = 0; i < n; i++)
-        out[i] = pages[i] < p->pages ? p->entry[pages[i]].list : OUT;
+        out[i] = pages[i] < p->pages && is_local(&p->entry[pages[i]]) ? p->entry[pages[i]].list : OUT;
 }
 
 /* ---- marks ---- */
@@ -86,12 +90,76 @@ static void mark_queued(struct dmh_policy *p, struct choice *c)
         uint32_t page = p->queue[p->queue_head++ % p->queue_size];
         struct entry *e = &p->entry[page];
         e->flags &= (uint8_t)~QUEUED;
-        if (e->list == OUT)
+        if (!is_local(e))
             continue; /* left meanwhile */
         e->flags |= MARKED;
         c->mark[c->mark_n++] = page;
     }
 }
+
+/* ---- pools ---- */
+
+/* Make room for one more. */
+void pool_grow(struct dmh_policy *p, struct pool *in)
+{
+    if (in->count < in->room)
+        return;
+    uint32_t room = in->room ? in->room * 2 : 64;
+    uint32_t *at = realloc(in->at, room * sizeof *at);
+    if (!at)
+        dmh_die("no memory for a pool of %u pages", room);
+    p->bytes += (room - in->room) * sizeof *at;
+    in->at = at;
+    in->room = room;
+}
+
+void pool_add(struct dmh_policy *p, struct pool *in, uint8_t which, uint32_t page)
+{
+    pool_grow(p, in);
+    p->entry[page].list = which;
+    p->entry[page].next = in->count;
+    in->at[in->count++] = page;
+    p->list[which].count++;
+    p->known++;
+}
+
+void pool_take_out(struct dmh_policy *p, struct pool *in, uint32_t page)
+{
+    struct entry *e = &p->entry[page];
+    uint32_t last = in->at[--in->count];
+    in->at[e->next] = last;
+    p->entry[last].next = e->next;
+    p->list[e->list].count--;
+    p->known--;
+    e->next = NONE;
+    e->list = OUT;
+}
+
+const char *check_pool(struct dmh_policy *p, const struct pool *in, uint8_t which)
+{
+    for (uint32_t i = 0; i < in->count; i++)
+        if (p->entry[in->at[i]].list != which || p->entry[in->at[i]].next != i)
+            return "a pool's places are wrong";
+    return in->count == p->list[which].count ? NULL : "a pool's count is wrong";
+}
+
+/* The coldest of a few pages drawn at random. */
+uint32_t coldest_of(struct dmh_policy *p, const struct pool *in, int sample)
+{
+    uint32_t best = in->at[draw(p, in->count)];
+    while (--sample > 0) {
+        uint32_t other = in->at[draw(p, in->count)];
+        if (p->entry[other].heat < p->entry[best].heat)
+            best = other;
+    }
+    return best;
+}
+
+/*
+ * A page's heat is the sum over its uses of e^(-age).  What is kept is the logarithm of the sum of e^(time of use), which compares the same and
+ * never has to be aged.
+ */
+float fade_in(float heat, float now) { return fmaxf(heat, now) + log1pf(expf(-fabsf(heat - now))); }
 
 /* ---- events ---- */
 
@@ -111,10 +179,16 @@ static void learn(struct dmh_policy *p, uint32_t page, uint32_t kind)
     switch (kind) {
     case DMH_EV_PREFETCH:
         if (!p->op->plain_ahead) {
-            if (e->list == OUT) {
-                push_back(p, AHEAD, page);
-                queue_mark(p, page);
+            if (is_local(e))
+                return;
+            if (e->list != OUT) {
+                p->op->unlist(p, page);
+                e->flags |= WAS_GHOST;
             }
+            if (p->op->ahead)
+                p->op->ahead(p, page);
+            push_back(p, AHEAD, page);
+            queue_mark(p, page);
             return;
         }
         kind = DMH_EV_FAULT;
@@ -123,10 +197,11 @@ static void learn(struct dmh_policy *p, uint32_t page, uint32_t kind)
     case DMH_EV_SOFT:
         if (e->list == AHEAD)
             take_out(p, page);
-        if (e->list == OUT)
-            p->op->arrive(p, page, kind);
-        else
+        if (is_local(e))
             p->op->touch(p, page);
+        else
+            p->op->arrive(p, page, kind);
+        e->flags &= (uint8_t)~WAS_GHOST;
         return;
     case DMH_EV_GONE:
         leave(p, page);
@@ -136,7 +211,7 @@ static void learn(struct dmh_policy *p, uint32_t page, uint32_t kind)
         if (p->op->unmark)
             p->op->unmark(p, page);
         e->flags &= (uint8_t)~ABOUT_MARKS;
-        if (e->list == OUT)
+        if (!is_local(e))
             p->op->arrive(p, page, kind);
         return;
     case DMH_EV_USED:
@@ -165,14 +240,17 @@ static void choose_ahead(struct dmh_policy *p, struct choice *c, int all)
     while (l->count && (all || ahead_is_over(p)) && c->evict_n < c->evict_most) {
         uint32_t page = l->front - 1;
         struct entry *e = &p->entry[page];
-        if (e->flags & MARKED && !(e->flags & (SEEN_USED | SEEN_IDLE)) && !all)
-            return; /* to be looked at first */
-        int used = e->flags & SEEN_USED;
+        enum seen use = seen(e);
+        if (use == NOT_YET_ASKED && !all)
+            return;
         leave(p, page);
-        if (used)
-            p->op->arrive(p, page, DMH_EV_FAULT);
+        if (use == IN_USE)
+            p->op->arrive(p, page, DMH_EV_USED);
         else
             choose_page(c, page); /* its stamp stays: reading ahead is no use */
+        if (use != IN_USE && e->flags & WAS_GHOST)
+            push_back(p, FIRST_GHOST, page);
+        e->flags &= (uint8_t)~WAS_GHOST;
     }
 }
 
@@ -182,7 +260,7 @@ uint64_t dmh_policy_look(struct dmh_policy *p, uint64_t *out, uint64_t most)
     if (ahead_is_over(p)) {
         uint64_t over = p->list[AHEAD].count - p->ahead_cap;
         for (uint32_t at = p->list[AHEAD].front; at && over-- && n < most; at = p->entry[at - 1].next)
-            if ((p->entry[at - 1].flags & ABOUT_MARKS) == MARKED)
+            if (p->entry[at - 1].flags & MARKED)
                 out[n++] = at - 1;
     }
     return n < most && p->op->look ? n + p->op->look(p, out + n, most - n) : n;
@@ -222,8 +300,8 @@ const char *dmh_policy_validate(struct dmh_policy *p)
     uint32_t listed = 0;
     for (uint32_t page = 0; page < p->pages; page++) {
         struct entry *e = &p->entry[page];
-        listed += e->list != OUT;
-        if (e->list == OUT && e->flags & ABOUT_MARKS)
+        listed += is_local(e);
+        if (!is_local(e) && e->flags & ABOUT_MARKS)
             return "a page that is not local is marked";
         if (!(e->flags & MARKED) && e->flags & (SEEN_USED | SEEN_IDLE))
             return "a page was seen without having been marked";

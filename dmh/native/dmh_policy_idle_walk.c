@@ -44,13 +44,7 @@ static void choose_oldest_marked(struct dmh_policy *p, struct choice *c)
     }
 }
 
-static uint64_t look(struct dmh_policy *p, uint64_t *out, uint64_t most)
-{
-    uint64_t n = 0;
-    for (uint32_t at = p->list[CIRCLE].front; at && n < most && p->entry[at - 1].flags & MARKED; at = p->entry[at - 1].next)
-        out[n++] = at - 1;
-    return n;
-}
+static uint64_t look(struct dmh_policy *p, uint64_t *out, uint64_t most) { return look_at_front(p, CIRCLE, out, most); }
 
 static void choose(struct dmh_policy *p, struct choice *c)
 {
@@ -60,11 +54,11 @@ static void choose(struct dmh_policy *p, struct choice *c)
         if (e->flags & MARKED) {
             if (c->evict_n == c->evict_most || c->mark_n)
                 break; /* marks of this round must be made before they can be looked at */
-            if (!(e->flags & (SEEN_USED | SEEN_IDLE)))
-                return; /* to be looked at first */
-            int idle = e->flags & SEEN_IDLE;
+            enum seen use = seen(e);
+            if (use == NOT_YET_ASKED)
+                return;
             unlist(p, page);
-            if (idle)
+            if (use == IDLE)
                 choose_page(c, page);
             else
                 push_back(p, CIRCLE, page); /* used since: to be marked again when the hand comes round */

@@ -15,8 +15,9 @@
 struct entry {
     uint32_t next, prev;        /* within the list that the page is in; next is its place where the list is a pool */
     uint32_t stamp;             /* the policy's own: when the page was evicted last, mostly; 0: never */
-    uint16_t heat;              /* the policy's own */
-    uint8_t list;               /* which list the page is in; OUT: in none, it is not local */
+    float heat;                 /* the policy's own */
+    uint16_t uses;              /* the policy's own */
+    uint8_t list;               /* which list the page is in; it is local unless that is OUT or a ghost list */
     uint8_t flags;
 };
 
@@ -24,7 +25,8 @@ struct entry {
 #define OUT 0
 #define AHEAD 1                 /* read ahead, and not known to have been used: leaves first */
 #define FIRST_OWN 2
-#define MAX_LISTS 8
+#define FIRST_GHOST 10          /* from here on: pages that have left, remembered in the order in which they did */
+#define MAX_LISTS 12
 
 #define MARKED 1u               /* a use since the mark can be asked for */
 #define SEEN_USED 2u            /* the answer to `look`, until `choose` has acted on it */
@@ -32,7 +34,7 @@ struct entry {
 #define QUEUED 8u               /* waits to be marked */
 #define OWN_1 16u               /* the policy's own */
 #define OWN_2 32u
-#define OWN_3 64u
+#define WAS_GHOST 64u           /* a ghost that was read ahead: still one if it leaves without having been used */
 #define ABOUT_MARKS (MARKED | SEEN_USED | SEEN_IDLE)
 
 /* front: leaves next; back: came last */
@@ -63,8 +65,12 @@ struct operations {
     int plain_ahead;            /* a page read ahead is a page like any other */
     void (*start)(struct dmh_policy *p);
     void (*end)(struct dmh_policy *p);
-    /* A page in no list came in by a touch (soft: from the victim buffer), or was chosen and stayed (kept). */
+    /*
+     * A page in no list came in by a touch (soft: from the victim buffer), was read ahead and is used (used), or was chosen and
+     * stayed (kept).
+     */
     void (*arrive)(struct dmh_policy *p, uint32_t page, uint32_t kind);
+    void (*ahead)(struct dmh_policy *p, uint32_t page); /* it comes in ahead of use: may be NULL */
     /* A listed page was touched, as an event says: taken back from the victim buffer, or told twice. */
     void (*touch)(struct dmh_policy *p, uint32_t page);
     void (*unlist)(struct dmh_policy *p, uint32_t page);
@@ -92,7 +98,10 @@ struct dmh_policy {
     void *own;
 };
 
-extern const struct operations policy_fifo, policy_idle_walk;
+extern const struct operations policy_fifo, policy_idle_walk, policy_random, policy_clock, policy_s3fifo, policy_lirs,
+    policy_pgr, policy_duel;
+
+static inline int is_local(const struct entry *e) { return e->list != OUT && e->list < FIRST_GHOST; }
 
 /* xorshift64*: below n, which is not 0 */
 static inline uint32_t draw(struct dmh_policy *p, uint32_t n)
@@ -116,7 +125,7 @@ static inline void push_back(struct dmh_policy *p, uint8_t which, uint32_t page)
         l->front = page + 1;
     l->back = page + 1;
     l->count++;
-    p->known++;
+    p->known += which < FIRST_GHOST;
 }
 
 static inline void take_out(struct dmh_policy *p, uint32_t page)
@@ -131,10 +140,10 @@ static inline void take_out(struct dmh_policy *p, uint32_t page)
         p->entry[e->next - 1].prev = e->prev;
     else
         l->back = e->prev;
+    p->known -= e->list < FIRST_GHOST;
     e->next = e->prev = NONE;
     e->list = OUT;
     l->count--;
-    p->known--;
 }
 
 static inline void second_push_back(struct dmh_policy *p, struct list *l, uint32_t page)
@@ -164,6 +173,29 @@ static inline void second_take_out(struct dmh_policy *p, struct list *l, uint32_
     k->next = k->prev = NONE;
     l->count--;
 }
+
+/* What the idle source says of a page at the front of a list; nothing is known of the use of an unmarked page. */
+enum seen { UNKNOWN, NOT_YET_ASKED, IDLE, IN_USE };
+static inline enum seen seen(const struct entry *e)
+{
+    return !(e->flags & MARKED) ? UNKNOWN : e->flags & SEEN_USED ? IN_USE : e->flags & SEEN_IDLE ? IDLE : NOT_YET_ASKED;
+}
+
+/* The marked pages at the front of a list, up to the first unmarked one. */
+static inline uint64_t look_at_front(struct dmh_policy *p, uint8_t which, uint64_t *out, uint64_t most)
+{
+    uint64_t n = 0;
+    for (uint32_t at = p->list[which].front; at && n < most && p->entry[at - 1].flags & MARKED; at = p->entry[at - 1].next)
+        out[n++] = at - 1;
+    return n;
+}
+
+uint32_t coldest_of(struct dmh_policy *p, const struct pool *in, int sample);
+float fade_in(float heat, float now);
+void pool_grow(struct dmh_policy *p, struct pool *in);
+void pool_add(struct dmh_policy *p, struct pool *in, uint8_t which, uint32_t page);
+void pool_take_out(struct dmh_policy *p, struct pool *in, uint32_t page);
+const char *check_pool(struct dmh_policy *p, const struct pool *in, uint8_t which);
 
 static inline void choose_page(struct choice *c, uint32_t page) { c->evict[c->evict_n++] = page; }
 

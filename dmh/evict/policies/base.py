@@ -71,9 +71,11 @@ class Policy(abc.ABC):
         seed: for policies that draw at random.
     """
 
-    @abc.abstractmethod
     def __init__(self, pages: int, limit: int, *, accessed: bool = False, seed: int = 0) -> None:
-        """A policy that knows no page yet."""
+        self.pages = pages
+        self.limit = limit
+        self.accessed = accessed
+        self.seed = seed
 
     @abc.abstractmethod
     def learn(self, pages: Pages, kinds: Kinds) -> None:

@@ -29,6 +29,7 @@ class NativePolicy(Policy):
                 f"a policy for {limit:,} local of {pages:,} pages: at least one page must be local, at most all, and "
                 "a region has at most 2^32 - 2 pages; use a larger region.page_size"
             )
+        super().__init__(pages, limit, accessed=accessed, seed=seed)
         raw = lib.dmh_policy_new(
             self.kernel.encode(), pages, limit, accessed, seed, list(self.tuning), len(self.tuning)
         )
