@@ -240,7 +240,7 @@ static void choose_ahead(struct dmh_policy *p, struct choice *c, int all)
     while (l->count && (all || ahead_is_over(p)) && c->evict_n < c->evict_most) {
         uint32_t page = l->front - 1;
         struct entry *e = &p->entry[page];
-        enum seen use = seen(e);
+        enum seen use = seen(p, e);
         if (use == NOT_YET_ASKED && !all)
             return;
         leave(p, page);
@@ -275,6 +275,8 @@ void dmh_policy_choose(struct dmh_policy *p, uint64_t evict_most, uint64_t mark_
         p->op->choose(p, &c);
     if (c.evict_n < evict_most && p->known == p->list[AHEAD].count)
         choose_ahead(p, &c, 1);
+    if (c.evict_n)
+        p->spared = 0;
     mark_queued(p, &c);
     *evict_n = c.evict_n;
     *mark_n = c.mark_n;

@@ -20,7 +20,7 @@ static void choose(struct dmh_policy *p, struct choice *c)
     while (p->list[CIRCLE].count && c->evict_n < c->evict_most) {
         uint32_t page = p->list[CIRCLE].front - 1;
         struct entry *e = &p->entry[page];
-        enum seen use = seen(e);
+        enum seen use = seen(p, e);
         if (use == NOT_YET_ASKED)
             return;
         take_out(p, page);

@@ -242,12 +242,12 @@ static void evict(struct dmh_policy *p, struct choice *c, int g, uint32_t page)
 }
 
 /* What is known of a page's use; NOT_YET_ASKED where it should be. */
-static enum seen use_of(const struct entry *e) { return e->flags & TOUCHED ? IN_USE : seen(e); }
+static enum seen use_of(struct dmh_policy *p, const struct entry *e) { return e->flags & TOUCHED ? IN_USE : seen(p, e); }
 
 /* The front of a list: evicted, or used and into main.  0: to be looked at first. */
 static int take_front(struct dmh_policy *p, struct choice *c, int g, uint32_t page)
 {
-    enum seen use = use_of(&p->entry[page]);
+    enum seen use = use_of(p, &p->entry[page]);
     if (use == NOT_YET_ASKED)
         return 0;
     if (use != IN_USE) {
@@ -271,7 +271,7 @@ static int take_drawn(struct dmh_policy *p, struct choice *c, int g)
         return 0;
     uint32_t page = none ? coldest_of(p, &o->main, (int)p->tuning[SAMPLE]) : o->drawn[o->drawn_at];
     struct entry *e = &p->entry[page];
-    enum seen use = use_of(e);
+    enum seen use = use_of(p, e);
     if (use == NOT_YET_ASKED && !none)
         return 0;
     if (use != IN_USE) {

@@ -54,7 +54,7 @@ static void choose(struct dmh_policy *p, struct choice *c)
         if (e->flags & MARKED) {
             if (c->evict_n == c->evict_most || c->mark_n)
                 break; /* marks of this round must be made before they can be looked at */
-            enum seen use = seen(e);
+            enum seen use = seen(p, e);
             if (use == NOT_YET_ASKED)
                 return;
             unlist(p, page);

@@ -76,6 +76,8 @@ static void demote(struct dmh_policy *p)
 
 static int too_many_lir(struct dmh_policy *p) { return p->list[LIR].count > own(p)->lir_size; }
 
+static int lir_is_next(struct dmh_policy *p) { return too_many_lir(p) || !p->list[HIR].count; }
+
 static void settle(struct dmh_policy *p)
 {
     /* With marks, the one at the bottom must be asked about first: `choose` does that. */
@@ -123,7 +125,7 @@ static void touch(struct dmh_policy *p, uint32_t page)
 
 static uint64_t look(struct dmh_policy *p, uint64_t *out, uint64_t most)
 {
-    if (!too_many_lir(p))
+    if (!lir_is_next(p))
         return look_at_front(p, HIR, out, most);
     uint64_t n = 0, steps = 4 * most;
     for (uint32_t at = own(p)->stack.front; at && n < most && steps; at = p->second[at - 1].next, steps--)
@@ -151,9 +153,9 @@ static void evict_page(struct dmh_policy *p, struct choice *c, uint32_t page)
 static void choose(struct dmh_policy *p, struct choice *c)
 {
     while (c->evict_n < c->evict_most && p->list[LIR].count + p->list[HIR].count) {
-        int lir = too_many_lir(p) || !p->list[HIR].count;
+        int lir = lir_is_next(p);
         uint32_t page = lir ? own(p)->stack.front - 1 : p->list[HIR].front - 1;
-        switch (seen(&p->entry[page])) {
+        switch (seen(p, &p->entry[page])) {
         case NOT_YET_ASKED:
             return;
         case IN_USE:

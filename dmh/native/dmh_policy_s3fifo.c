@@ -7,13 +7,15 @@
 #define MOST_USES 3
 
 struct own {
-    uint32_t main_size, ghost_size;
+    uint32_t small_size, main_size, ghost_size;
+    int has_evicted;            /* until then, what finds small full goes to main */
 };
 
 static void start(struct dmh_policy *p)
 {
     struct own *o = p->own;
-    o->main_size = p->limit - (uint32_t)(p->limit * p->tuning[0]);
+    o->small_size = (uint32_t)(p->limit * p->tuning[0]);
+    o->main_size = p->limit - o->small_size;
     o->ghost_size = (uint32_t)(p->limit * p->tuning[1]);
 }
 
@@ -31,7 +33,9 @@ static void arrive(struct dmh_policy *p, uint32_t page, uint32_t kind)
         take_out(p, page);
     trim_ghosts(p);
     e->uses = 0;
-    push_back(p, (ghost && kind != DMH_EV_KEPT) || kind == DMH_EV_SOFT ? MAIN : SMALL, page);
+    struct own *o = p->own;
+    int filling = !o->has_evicted && p->list[SMALL].count >= o->small_size;
+    push_back(p, (ghost && kind != DMH_EV_KEPT) || filling || kind == DMH_EV_SOFT ? MAIN : SMALL, page);
     queue_mark(p, page);
 }
 
@@ -54,7 +58,7 @@ static int evict_one(struct dmh_policy *p, struct choice *c, uint8_t which)
     while (p->list[which].count) {
         uint32_t page = p->list[which].front - 1;
         struct entry *e = &p->entry[page];
-        enum seen use = seen(e);
+        enum seen use = seen(p, e);
         if (use == NOT_YET_ASKED)
             return 0;
         take_out(p, page);
@@ -69,6 +73,7 @@ static int evict_one(struct dmh_policy *p, struct choice *c, uint8_t which)
             trim_ghosts(p);
             push_back(p, GHOST, page);
         }
+        ((struct own *)p->own)->has_evicted = 1;
         choose_page(c, page);
         return 1;
     }

@@ -87,6 +87,7 @@ struct dmh_policy {
     uint32_t pages;
     uint32_t limit;             /* local pages to reckon with: the policy's M */
     uint32_t ahead_cap;
+    uint32_t spared;            /* pages seen in use since the last eviction */
     uint32_t known;             /* sum of all lists' counts */
     int accessed;               /* uses are told by marks that cost next to nothing */
     uint64_t random;
@@ -176,9 +177,14 @@ static inline void second_take_out(struct dmh_policy *p, struct list *l, uint32_
 
 /* What the idle source says of a page at the front of a list; nothing is known of the use of an unmarked page. */
 enum seen { UNKNOWN, NOT_YET_ASKED, IDLE, IN_USE };
-static inline enum seen seen(const struct entry *e)
+#define MOST_SPARED 4096        /* where every page is always in use, one of them must go all the same */
+static inline enum seen seen(struct dmh_policy *p, const struct entry *e)
 {
-    return !(e->flags & MARKED) ? UNKNOWN : e->flags & SEEN_USED ? IN_USE : e->flags & SEEN_IDLE ? IDLE : NOT_YET_ASKED;
+    if (!(e->flags & MARKED))
+        return UNKNOWN;
+    if (e->flags & SEEN_USED)
+        return p->spared++ < MOST_SPARED ? IN_USE : IDLE;
+    return e->flags & SEEN_IDLE ? IDLE : NOT_YET_ASKED;
 }
 
 /* The marked pages at the front of a list, up to the first unmarked one. */

@@ -40,7 +40,8 @@ def _zipf(n: int, count: int, skew: float, rng: Random) -> Indices:
     """`count` draws from n items, item k with weight 1 / (k + 1)^skew, in an order that has nothing to do with k."""
     weights = np.cumsum(1.0 / np.arange(1, n + 1) ** skew)
     ranks = np.searchsorted(weights, rng.random(count) * weights[-1])
-    return rng.permutation(n)[np.minimum(ranks, n - 1)]
+    items: Indices = rng.permutation(n)[np.minimum(ranks, n - 1)]
+    return items
 
 
 def _interleave(*streams: Indices) -> Indices:
@@ -197,7 +198,8 @@ def drift(pages: int, rng: Random) -> Indices:
     """A working set of a fifth of the pages that slides along."""
     count = LENGTH * pages
     at = np.linspace(0, 2 * pages, count).astype(np.int64)
-    return (at + rng.integers(0, pages // 5, count)) % pages
+    trace: Indices = (at + rng.integers(0, pages // 5, count)) % pages
+    return trace
 
 
 @_generator
@@ -206,7 +208,8 @@ def latest(pages: int, rng: Random) -> Indices:
     count = LENGTH * pages
     ago = np.minimum(rng.zipf(1.3, count), pages) - 1
     head = np.arange(count) // 8
-    return (head - ago) % pages
+    trace: Indices = (head - ago) % pages
+    return trace
 
 
 @_generator
@@ -370,7 +373,8 @@ def random_walk(pages: int, rng: Random) -> Indices:
     """A walk along links that mostly lead nearby."""
     steps = np.where(rng.random(LENGTH * pages) < 0.02, rng.integers(0, pages, LENGTH * pages),
                      rng.integers(-8, 9, LENGTH * pages))  # fmt: skip
-    return np.cumsum(steps) % pages
+    trace: Indices = np.cumsum(steps) % pages
+    return trace
 
 
 @_generator

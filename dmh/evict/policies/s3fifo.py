@@ -1,7 +1,7 @@
 """S3-FIFO (Yang, Zhang, Qiu, Yue, Rashmi, "FIFO queues are all you need for cache eviction", SOSP 2023).
 
     queues small (10 % of M), main (the rest), ghost (0.9 M page numbers)
-    arrive(p):  p is in ghost: to main, else to small
+    arrive(p):  p is in ghost: to main, else to small (to main if small is full and nothing was ever evicted)
     victim:     main is over its size, or small is empty:
                     front of main; one that was used goes to main's back instead, with one use less
                 otherwise:
