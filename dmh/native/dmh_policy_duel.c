@@ -221,9 +221,7 @@ static uint64_t look(struct dmh_policy *p, uint64_t *out, uint64_t most)
         share = share < most - n ? share : most - n;
         if (plays_clock(p, g))
             n += look_clock(p, g, out + n, share);
-        else if (from_probation(p, g))
-            n += look_at_front(p, PROBATION(g), out + n, share);
-        else
+        else if (!from_probation(p, g))
             n += look_drawn(p, g, out + n, share);
     }
     return n;
@@ -244,9 +242,10 @@ static void evict(struct dmh_policy *p, struct choice *c, int g, uint32_t page)
 /* What is known of a page's use; NOT_YET_ASKED where it should be. */
 static enum seen use_of(struct dmh_policy *p, const struct entry *e) { return e->flags & TOUCHED ? IN_USE : seen(p, e); }
 
-/* The front of a list: evicted, or used and into main.  0: to be looked at first. */
-static int take_front(struct dmh_policy *p, struct choice *c, int g, uint32_t page)
+/* The page that arrived first: evicted, or given a second chance.  0: to be looked at first. */
+static int take_oldest(struct dmh_policy *p, struct choice *c, int g)
 {
+    uint32_t page = oldest(p, g);
     enum seen use = use_of(p, &p->entry[page]);
     if (use == NOT_YET_ASKED)
         return 0;
@@ -255,7 +254,7 @@ static int take_front(struct dmh_policy *p, struct choice *c, int g, uint32_t pa
     } else {
         unlist(p, page);
         warm(p, group(p, g), &p->entry[page], 1);
-        add(p, g, 1, page); /* a second chance */
+        add(p, g, 1, page);
     }
     return 1;
 }
@@ -287,16 +286,15 @@ static int take_drawn(struct dmh_policy *p, struct choice *c, int g)
 
 static void choose(struct dmh_policy *p, struct choice *c)
 {
-    while (c->evict_n < c->evict_most && p->known > p->list[AHEAD].count) {
-        int g = fullest(p), went_on;
+    int went_on = 1;
+    while (went_on && c->evict_n < c->evict_most && p->known > p->list[AHEAD].count) {
+        int g = fullest(p);
         if (plays_clock(p, g))
-            went_on = take_front(p, c, g, oldest(p, g));
+            went_on = take_oldest(p, c, g);
         else if (from_probation(p, g))
-            went_on = take_front(p, c, g, p->list[PROBATION(g)].front - 1);
+            evict(p, c, g, p->list[PROBATION(g)].front - 1); /* uses right after the first say nothing */
         else
             went_on = take_drawn(p, c, g);
-        if (!went_on)
-            return;
     }
 }
 

@@ -317,8 +317,12 @@ def test_one_mistake(section: str, line: str, message: str) -> None:
 
 
 def test_the_largest_region() -> None:
-    at_limit = MINIMAL.replace("1GiB", "64TiB")
+    at_limit = MINIMAL.replace("1GiB", "64TiB\n  page_size: 32KiB")
     assert loads(at_limit).region.size == 2**46
+    assert problem(at_limit.replace("32KiB", "8KiB")) == (
+        "c.yaml:3: region.page_size: must be at least 32KiB for a region of 64TiB, is 8KiB: a policy tells at most "
+        "2^32 - 2 pages apart"
+    )
     assert problem(at_limit.replace("64TiB", "65TiB")) == (
         "c.yaml:2: region.size: must be at most 64TiB (what a process can address), is '65TiB'"
     )

@@ -11,8 +11,8 @@ ISCA 2007.
     victim, from the group that is furthest above its share:
         CLOCK:           the page that arrived first
         random-coldest:  the front of probation if that has over 2 % of M, else the coldest of 4 random pages of main
-        with accessed information, one that was used since it was marked is warmed instead, and CLOCK moves it to the
-        back, probation moves it to main
+        with accessed information, a page of these that was used since it was marked is spared and warmed (by CLOCK: to
+        main, at its back), but for probation's: uses right after the first say nothing
 
 Without accessed information CLOCK is FIFO.  It is good where programs come back to what they used last, and where the
 working set moves; random-coldest where they loop and scan over more than fits.  Which a program does shows in what
