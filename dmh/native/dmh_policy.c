@@ -163,7 +163,7 @@ float fade_in(float heat, float now) { return fmaxf(heat, now) + log1pf(expf(-fa
 
 /* ---- events ---- */
 
-static void leave(struct dmh_policy *p, uint32_t page)
+static void depart(struct dmh_policy *p, uint32_t page)
 {
     struct entry *e = &p->entry[page];
     if (e->list == AHEAD)
@@ -204,7 +204,7 @@ static void learn(struct dmh_policy *p, uint32_t page, uint32_t kind)
         e->flags &= (uint8_t)~WAS_GHOST;
         return;
     case DMH_EV_GONE:
-        leave(p, page);
+        depart(p, page);
         e->stamp = 0; /* what comes there next is another page */
         return;
     case DMH_EV_KEPT:
@@ -243,7 +243,7 @@ static void choose_ahead(struct dmh_policy *p, struct choice *c, int all)
         enum seen use = seen(p, e);
         if (use == NOT_YET_ASKED && !all)
             return;
-        leave(p, page);
+        depart(p, page);
         if (use == IN_USE)
             p->op->arrive(p, page, DMH_EV_USED);
         else
