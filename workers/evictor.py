@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from dmh.evict.leave import Leaver
 from dmh.evict.lpet import Lpet
-from dmh.evict.policies import POLICIES
+from dmh.evict.policies import policy_class
 from dmh.lspt.states import State
 from dmh.native import lib
 from dmh.service.channel import Message
@@ -51,7 +51,8 @@ class Evictor:
         )  # fmt: skip
         if setup.restarted:
             self.leaver.distrust()  # the store may have been restarted as well, and who would have noticed is dead
-        self.lpet = Lpet(self.table, POLICIES[setup.policy](), self.leaver, setup.batch, setup.number)
+        policy = policy_class(setup.policy)(self.table.pages, int(self.table.raw.high), seed=setup.number)
+        self.lpet = Lpet(self.table, policy, self.leaver, setup.batch, setup.number)
         self.requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
         for operation in ("discard", "evict", "flush", "pin", "unpin", "pins-in-force", "store-stats"):
             worker.handle(operation, self._enqueue)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from dmh import __version__
-from dmh.cli import bench, config, demo, doctor, run, serve, stats, stress
+from dmh.cli import bench, config, demo, doctor, run, serve, simulate, stats, stress
 from dmh.errors import ConfigError, DmhError
 
 
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"dmh {__version__}")
     top.add_argument("-v", "--verbose", action="store_true", help="log what the service does, not only what goes wrong")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (run, serve, stats, demo, bench, doctor, stress, config):
+    for module in (run, serve, stats, demo, bench, doctor, stress, config, simulate):
         module.add_parser(commands)
     return top
 

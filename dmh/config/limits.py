@@ -16,6 +16,7 @@ from dmh.config.model import Config
 from dmh.config.quantity import Amount, format_size
 from dmh.errors import ConfigError
 
+REGION_PAGES_MAX = 2**32 - 2
 # Fewer leave no room for one instruction's pages (a copy between two unaligned operands touches four) next to the
 # victim buffer, the page being fetched and the one on its way out.
 LIMIT_PAGES_MIN = 8
@@ -101,6 +102,13 @@ def contradictions(config: Config, unusable: Collection[str] = ()) -> Iterator[P
             ("region.size", "region.page_size"),
             f"must be a multiple of region.page_size ({format_size(page_size)}), is {format_size(size)}: "
             f"the nearest {'are' if len(near) > 1 else 'is'} {' and '.join(near)}",
+        )
+    if usable("region.size", "region.page_size") and size // page_size > REGION_PAGES_MAX:
+        least = next(page for page in (page_size << n for n in range(1, 10)) if size // page <= REGION_PAGES_MAX)
+        yield Problem(
+            ("region.page_size", "region.size"),
+            f"must be at least {format_size(least)} for a region of {format_size(size)}, is {format_size(page_size)}: "
+            "a policy tells at most 2^32 - 2 pages apart",
         )
     if usable("memory.limit", "region.size") and limit_bytes > size:
         yield Problem(

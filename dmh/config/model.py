@@ -24,8 +24,9 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from dmh.config.quantity import KIB, MIB, Amount, format_size, parse_duration, parse_size, refusal, show
 from dmh.errors import ProtocolError
+from dmh.evict.policies import policy_names
 
-POLICIES = ("fifo", "idle-walk")
+POLICIES = tuple(policy_names())
 IDLE_SOURCES = ("buffer",)
 
 PAGE_SIZE_MIN, PAGE_SIZE_MAX = 4 * KIB, 2 * MIB
@@ -228,7 +229,9 @@ class EvictorConfig(_Section):
     """What leaves local memory, and how."""
 
     policy: Annotated[str, _one_of(POLICIES)] = Field(
-        default="fifo", description="How victims are chosen.", json_schema_extra={"enum": list(POLICIES)}
+        default="auto",
+        description="How victims are chosen: auto, or one that docs/policies.md compares with it.",
+        json_schema_extra={"enum": list(POLICIES)},
     )
     idle: Annotated[str, _one_of(IDLE_SOURCES)] = Field(
         default="buffer",

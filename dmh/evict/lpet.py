@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from dmh.evict.leave import Leaver
-from dmh.evict.policies.base import Policy
+from dmh.evict.policies.base import Event, Pages, Policy
 from dmh.lspt.states import State
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
@@ -38,15 +37,7 @@ class Lpet:
         while n := lib.dmh_drain(raw, ffi.from_buffer("struct dmh_event[]", self._events), _EVENTS):
             events = self._events[:n]
             events = events[np.argsort(events["order"], kind="stable")]
-            soft = np.flatnonzero(events["kind"] == lib.DMH_EV_SOFT)
-            begin = 0
-            for stop in [*soft.tolist(), n]:
-                part = events[begin:stop]
-                if len(part):
-                    self._policy.arrived(part["page"].tolist(), (part["kind"] == lib.DMH_EV_PREFETCH).tolist())
-                if stop < n:
-                    self._policy.returned(int(events["page"][stop]))
-                begin = stop + 1
+            self._policy.learn(events["page"], events["kind"].astype(np.uint8))
             if n < _EVENTS:
                 break
         if raw.events_lost:
@@ -55,8 +46,8 @@ class Lpet:
 
     def resync(self) -> None:
         """Learn from the table: the resident pages that the policy has not heard of, in the order of their numbers."""
-        missing = [page for page in self._table.in_state(State.RESIDENT).tolist() if page not in self._policy]
-        self._policy.arrived(missing, [False] * len(missing))
+        resident = self._table.in_state(State.RESIDENT)
+        self._policy.tell(Event.KEPT, resident[~self._policy.knows(resident)])
 
     def due(self) -> int:
         """How many local pages are too many now; 0 until the high threshold is reached.
@@ -81,32 +72,31 @@ class Lpet:
         self._table.count(self._number, "runs")
         while quota > 0 and keep_going():
             self.learn()
+            looked = self._look()
             free = self._table.slots - self._table.staged
-            choice = self._policy.choose(min(quota, self._batch), min(free, self._batch), self._is_idle)
-            if choice.mark:
-                marked = self._leaver.stage(_numbers(choice.mark))
+            choice = self._policy.choose(min(quota, self._batch), min(free, self._batch))
+            if len(choice.mark):
+                marked = self._leaver.stage(choice.mark)
                 self._table.count(self._number, "marked", len(marked))
                 self._keep_unmoved(choice.mark)
-            if choice.evict:
-                self._leaver.evict(_numbers(choice.evict))
+            if len(choice.evict):
+                self._leaver.evict(choice.evict)
                 moved = len(choice.evict) - self._keep_unmoved(choice.evict)
                 quota -= moved
-                if not moved and not choice.mark:
+                if not moved and not len(choice.mark):
                     break  # the victim buffer is full of what the store does not take: others have a turn
-            if not choice.mark and not choice.evict:
+            if not looked and not len(choice.mark) and not len(choice.evict):
                 # Nothing of the policy's is left to evict; what an earlier write failed on may be.
                 self._leaver.write_staged()
                 break
         self._table.raw.rung_at = 0  # who rang meanwhile has been served by this run
         return max(quota, 0)
 
-    def evict(self, pages: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    def evict(self, pages: Pages) -> Pages:
         """Move these pages out now, whatever the policy thinks of them; returns those that the store did not take."""
-        self.learn()
-        for page in pages.tolist():
-            self._policy.gone(page)
+        self.forget(pages)
         left = self._leaver.evict(pages)
-        self._keep_unmoved(pages.tolist())
+        self._keep_unmoved(pages)
         return left
 
     def pin(self, first: int, count: int) -> str | None:
@@ -134,30 +124,25 @@ class Lpet:
         pins -= pins > 0
         free = np.flatnonzero(pins == 0).astype(np.uint64) + np.uint64(first)
         words = self._table.words[free]
-        resident = free[(words & np.uint64(15)) == State.RESIDENT].tolist()
-        self._policy.arrived(resident, [False] * len(resident))
+        self._policy.tell(Event.KEPT, free[(words & np.uint64(15)) == State.RESIDENT])
 
-    def forget(self, pages: npt.NDArray[np.uint64]) -> None:
+    def forget(self, pages: Pages) -> None:
         """Pages that LPET is not to choose any more: discarded, or pinned."""
         self.learn()
-        for page in pages.tolist():
-            self._policy.gone(page)
+        self._policy.tell(Event.GONE, pages)
 
-    def _is_idle(self, page: int) -> bool:
+    def _look(self) -> int:
+        """Tell the policy whether the marked pages that it asks about were used; returns how many those were."""
+        pages = self._policy.look(self._batch)
         # The `buffer` source: a marked page that nobody touched is still in the victim buffer.
-        return self._table.state(page) is State.STAGED
+        idle = (self._table.words[pages] & np.uint64(15)) == State.STAGED
+        self._policy.learn(pages, np.where(idle, Event.IDLE, Event.USED).astype(np.uint8))
+        return len(pages)
 
-    def _keep_unmoved(self, pages: list[int]) -> int:
+    def _keep_unmoved(self, pages: Pages) -> int:
         """Pages that stayed resident although they were chosen go back to the policy, but for pinned ones, which
         come back when they are unpinned.  Returns how many stayed.
         """
-        words = self._table.words[pages]
-        resident = np.flatnonzero((words & 15) == State.RESIDENT)
-        again = [pages[i] for i in resident.tolist() if not self._table.pins[pages[i]]]
-        if again:
-            self._policy.arrived(again, [False] * len(again))
+        resident = pages[(self._table.words[pages] & np.uint64(15)) == State.RESIDENT]
+        self._policy.tell(Event.KEPT, resident[self._table.pins[resident] == 0])
         return len(resident)
-
-
-def _numbers(pages: list[int]) -> npt.NDArray[np.uint64]:
-    return np.array(pages, np.uint64)

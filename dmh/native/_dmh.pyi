@@ -16,6 +16,10 @@ class lib:  # noqa: N801 - the name that cffi gives it
     DMH_EV_FAULT: int
     DMH_EV_SOFT: int
     DMH_EV_PREFETCH: int
+    DMH_EV_GONE: int
+    DMH_EV_KEPT: int
+    DMH_EV_USED: int
+    DMH_EV_IDLE: int
     DMH_UFFD_DEVICE: int
     DMH_UFFD_SYSCALL: int
     DMH_UFFD_USER_ONLY: int
@@ -200,6 +204,38 @@ class lib:  # noqa: N801 - the name that cffi gives it
     def dmh_heal(c: Pointer, page: int, content: Pointer, through: int) -> int: ...
     @staticmethod
     def dmh_discard(c: Pointer, first: int, n: int, busy: Pointer) -> int: ...
+    @staticmethod
+    def dmh_policy_new(
+        name: bytes, pages: int, limit: int, accessed: int, seed: int, tuning: Pointer, n_tuning: int
+    ) -> Pointer: ...
+    @staticmethod
+    def dmh_policy_free(p: Pointer) -> None: ...
+    @staticmethod
+    def dmh_policy_learn(p: Pointer, pages: Pointer, kinds: Pointer, n: int) -> None: ...
+    @staticmethod
+    def dmh_policy_look(p: Pointer, out: Pointer, most: int) -> int: ...
+    @staticmethod
+    def dmh_policy_choose(
+        p: Pointer,
+        evict_most: int,
+        mark_most: int,
+        evict: Pointer,
+        evict_n: Pointer,
+        mark: Pointer,
+        mark_n: Pointer,
+    ) -> None: ...
+    @staticmethod
+    def dmh_policy_lists(p: Pointer, pages: Pointer, n: int, out: Pointer) -> None: ...
+    @staticmethod
+    def dmh_policy_count(p: Pointer) -> int: ...
+    @staticmethod
+    def dmh_policy_bytes(p: Pointer) -> int: ...
+    @staticmethod
+    def dmh_policy_validate(p: Pointer) -> Pointer: ...
+    @staticmethod
+    def dmh_replay_trace(p: Pointer, trace: Pointer, n: int, state: Pointer, r: Pointer) -> int: ...
+    @staticmethod
+    def dmh_replay_optimal(trace: Pointer, n: int, pages: int, limit: int) -> int: ...
     @staticmethod
     def dmh_hash(p: Pointer, n: int) -> int: ...
     @staticmethod

@@ -116,6 +116,11 @@ struct dmh_event { uint64_t order; uint64_t page; uint32_t kind; uint32_t thread
 #define DMH_EV_FAULT 0          /* a page came in because it was touched */
 #define DMH_EV_SOFT 1           /* a page came back from the victim buffer because it was touched */
 #define DMH_EV_PREFETCH 2       /* a page came in ahead of use */
+/* Told to policies by the evictor; never in a ring. */
+#define DMH_EV_GONE 3           /* a page is not local any more, or not the policy's to choose: discarded, pinned */
+#define DMH_EV_KEPT 4           /* a page is local although it was chosen, or nobody knows why; no use is known */
+#define DMH_EV_USED 5           /* the answer to `look`: used since it was marked */
+#define DMH_EV_IDLE 6           /* the answer to `look`: not used */
 int64_t  dmh_drain(struct dmh_shared *s, struct dmh_event *out, uint64_t max);
 
 /* ---- userfaultfd and mappings ---- */
@@ -232,6 +237,32 @@ int      dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, c
 int      dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t through);
 int      dmh_heal(struct dmh_ctx *c, uint64_t page, const uint8_t *content, uint32_t through);
 int      dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *busy);
+
+/* ---- eviction policies: decisions only; dmh/evict/policies/ has the algorithms ---- */
+
+struct dmh_policy;
+struct dmh_policy *dmh_policy_new(const char *name, uint64_t pages, uint64_t limit, int accessed, uint64_t seed,
+                                  const double *tuning, uint64_t n_tuning);
+void     dmh_policy_free(struct dmh_policy *p);
+void     dmh_policy_learn(struct dmh_policy *p, const uint64_t *pages, const uint8_t *kinds, uint64_t n);
+uint64_t dmh_policy_look(struct dmh_policy *p, uint64_t *out, uint64_t most);
+void     dmh_policy_choose(struct dmh_policy *p, uint64_t evict_most, uint64_t mark_most, uint64_t *evict, uint64_t *evict_n,
+                           uint64_t *mark, uint64_t *mark_n);
+void     dmh_policy_lists(struct dmh_policy *p, const uint64_t *pages, uint64_t n, uint8_t *out);
+uint64_t dmh_policy_count(struct dmh_policy *p);
+uint64_t dmh_policy_bytes(struct dmh_policy *p);
+const char *dmh_policy_validate(struct dmh_policy *p);
+
+/* A simulated run: settings and figures. */
+struct dmh_replay {
+    uint64_t high, low;         /* a fault that finds `high` local pages has LPET evict down to `low` first */
+    uint64_t slots;             /* pages that may be staged, of those that are local */
+    uint64_t every;             /* the policy is told of every use */
+    uint64_t local, staged;     /* now */
+    uint64_t hard, soft, evicted, marks, looks;
+};
+int      dmh_replay_trace(struct dmh_policy *p, const uint64_t *trace, uint64_t n, uint8_t *state, struct dmh_replay *r);
+int64_t  dmh_replay_optimal(const uint64_t *trace, uint64_t n, uint64_t pages, uint64_t limit);
 
 /* ---- page contents ---- */
 

@@ -53,6 +53,7 @@ ffibuilder.set_source(
     include_dirs=[str(HERE)],
     extra_compile_args=["-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-pthread"],
     extra_link_args=["-pthread"],
+    libraries=["m"],
 )
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ class TestServe:
         (["memory.limit=4KiB"], "8 pages"),
         (["memory.high=0.5", "memory.low=0.6"], "memory.low"),
         (["region.size=1PiB", "memory.limit=1GiB"], "region.size"),
-        (["region.size=16TiB", "memory.limit=1GiB"], "disk"),
+        (["region.size=8TiB", "memory.limit=1GiB"], "disk"),
         (["memory.limit=3TiB", "region.size=4TiB", "store.url='memory:'"], "missing"),
         (["region.sise=1MiB"], "region.size"),
     ],

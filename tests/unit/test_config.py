@@ -85,12 +85,12 @@ def test_defaults() -> None:
         "region": {"name": "dmh", "size": 1 << 30, "page_size": 4096, "seal": False, "fork": "auto"},
         "memory": {"limit": 64 << 20, "high": 0.94, "low": 0.88},
         "workers": {"resolvers": 2, "inline": True, "spin_us": "auto", "cpus": "auto"},
-        "evictor": {"policy": "fifo", "idle": "buffer", "buffer": 0.04, "batch": 256},
+        "evictor": {"policy": "auto", "idle": "buffer", "buffer": 0.04, "batch": 256},
         "prefetch": {"enabled": True, "window": "4MiB"},
         "store": {"url": "file:///var/tmp/x", "timeout": 30.0, "on_failure": "wait", "encrypt": "none"},
         "service": {"grace": 5.0, "grace_launcher": 600.0, "metrics": "off"},
     }
-    assert POLICIES == ("fifo", "idle-walk")
+    assert POLICIES == ("auto", "clock", "duel", "fifo", "idle-walk", "lirs", "pgr", "random", "s3fifo")
     assert IDLE_SOURCES == ("buffer",)
 
 
@@ -277,8 +277,16 @@ def test_a_fraction_is_taken_as_its_decimal_digits() -> None:
         ("workers", "cpus: [0, 0]", "workers.cpus: must be"),
         ("workers", "cpus: [-1]", "workers.cpus: must be"),
         ("workers", "cpus: [true]", "workers.cpus: must be"),
-        ("evictor", "policy: lru", "evictor.policy: must be one of fifo, idle-walk, is 'lru'"),
-        ("evictor", "policy: 1", "evictor.policy: must be one of fifo, idle-walk, is 1"),
+        (
+            "evictor",
+            "policy: lru",
+            "evictor.policy: must be one of auto, clock, duel, fifo, idle-walk, lirs, pgr, random, s3fifo, is 'lru'",
+        ),
+        (
+            "evictor",
+            "policy: 1",
+            "evictor.policy: must be one of auto, clock, duel, fifo, idle-walk, lirs, pgr, random, s3fifo, is 1",
+        ),
         ("evictor", "idle: page_idle", "evictor.idle: must be one of buffer, is 'page_idle'"),
         ("evictor", "batch: 4097", "evictor.batch: must be an integer from 1 to 4096, is 4097"),
         ("evictor", "buffer: 0.5", "evictor.buffer: must be below 0.5 of memory.limit, is 0.5"),
@@ -309,8 +317,12 @@ def test_one_mistake(section: str, line: str, message: str) -> None:
 
 
 def test_the_largest_region() -> None:
-    at_limit = MINIMAL.replace("1GiB", "64TiB")
+    at_limit = MINIMAL.replace("1GiB", "64TiB\n  page_size: 32KiB")
     assert loads(at_limit).region.size == 2**46
+    assert problem(at_limit.replace("32KiB", "8KiB")) == (
+        "c.yaml:3: region.page_size: must be at least 32KiB for a region of 64TiB, is 8KiB: a policy tells at most "
+        "2^32 - 2 pages apart"
+    )
     assert problem(at_limit.replace("64TiB", "65TiB")) == (
         "c.yaml:2: region.size: must be at most 64TiB (what a process can address), is '65TiB'"
     )

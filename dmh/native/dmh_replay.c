@@ -1,0 +1,154 @@
+/*
+ * The simulator's loops: a trace of page numbers against a policy, and against the best that is possible.
+ *
+ * Plays the part of everything around a policy: the application's uses, LPET's runs, the idle source.
+ * dmh/simulate/replay.py calls it, and has the same in Python for policies that are not in this module.
+ */
+#include "policy.h"
+
+#define AWAY 0                  /* not local */
+#define RESIDENT 1
+#define STAGED 2                /* marked without accessed bits: in the victim buffer until it is touched or evicted */
+#define USED 4                  /* since it was marked; together with RESIDENT */
+
+#define BATCH 256
+
+static void tell(struct dmh_policy *p, uint64_t page, uint8_t kind) { dmh_policy_learn(p, &page, &kind, 1); }
+
+/* One step of LPET towards `quota` pages fewer; 0: nothing can be evicted. */
+static int step(struct dmh_policy *p, uint8_t *state, struct dmh_replay *r, uint64_t quota)
+{
+    uint64_t pages[BATCH], marks[BATCH], n, marked;
+    uint8_t kinds[BATCH];
+    uint64_t most = quota < BATCH ? quota : BATCH;
+    uint64_t looked = dmh_policy_look(p, pages, most);
+    for (uint64_t i = 0; i < looked; i++)
+        kinds[i] = p->accessed ? (state[pages[i]] & USED ? DMH_EV_USED : DMH_EV_IDLE)
+                               : (state[pages[i]] == STAGED ? DMH_EV_IDLE : DMH_EV_USED);
+    dmh_policy_learn(p, pages, kinds, looked);
+    r->looks += looked;
+    uint64_t room = p->accessed ? BATCH : r->slots - r->staged;
+    dmh_policy_choose(p, most, room < BATCH ? room : BATCH, pages, &n, marks, &marked);
+    r->marks += p->accessed ? marked : 0;
+    for (uint64_t i = 0; i < marked; i++)
+        state[marks[i]] = p->accessed ? RESIDENT : STAGED;
+    r->staged += p->accessed ? 0 : marked;
+    for (uint64_t i = 0; i < n; i++) {
+        r->staged -= state[pages[i]] == STAGED;
+        state[pages[i]] = AWAY;
+    }
+    r->local -= n;
+    r->evicted += n;
+    return looked || n || marked;
+}
+
+/*
+ * Use the pages of a trace one after another.  `state` is one byte a page, all zero before the first call; a trace may come in parts.
+ * 0, or -ENOSPC where the policy named no victim.
+ */
+int dmh_replay_trace(struct dmh_policy *p, const uint64_t *trace, uint64_t n, uint8_t *state, struct dmh_replay *r)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t page = trace[i];
+        if (page >= p->pages)
+            return -ERANGE;
+        if (state[page] & RESIDENT) {
+            state[page] |= USED;
+            if (r->every)
+                tell(p, page, DMH_EV_SOFT);
+            continue;
+        }
+        if (state[page] == STAGED) {
+            r->soft++;
+            r->staged--;
+            state[page] = RESIDENT | USED;
+            tell(p, page, DMH_EV_SOFT);
+        } else {
+            if (r->local >= r->high)
+                while (r->local > r->low)
+                    if (!step(p, state, r, r->local - r->low))
+                        return -ENOSPC;
+            r->local++;
+            r->hard++;
+            state[page] = RESIDENT | USED;
+            tell(p, page, DMH_EV_FAULT);
+        }
+        if (p->accessed)
+            step(p, state, r, 0); /* mark what has just come in, after its first use */
+    }
+    return 0;
+}
+
+/* ---- Belady's OPT ---- */
+
+struct use {
+    uint64_t next, page;
+};
+
+/* A heap of uses, the furthest next one on top. */
+static void sift_up(struct use *h, uint64_t i)
+{
+    struct use u = h[i];
+    for (; i && h[(i - 1) / 2].next < u.next; i = (i - 1) / 2)
+        h[i] = h[(i - 1) / 2];
+    h[i] = u;
+}
+
+static void sift_down(struct use *h, uint64_t n)
+{
+    struct use u = h[0];
+    uint64_t i = 0;
+    for (uint64_t k; (k = 2 * i + 1) < n; i = k) {
+        if (k + 1 < n && h[k + 1].next > h[k].next)
+            k++;
+        if (h[k].next <= u.next)
+            break;
+        h[i] = h[k];
+    }
+    h[i] = u;
+}
+
+/* Faults of the best possible order of victims: always the page whose next use is furthest away.  -ENOMEM, -ERANGE. */
+int64_t dmh_replay_optimal(const uint64_t *trace, uint64_t n, uint64_t pages, uint64_t limit)
+{
+    uint64_t *next = malloc((n + 1) * sizeof *next), *when = malloc((pages + 1) * sizeof *when);
+    struct use *heap = malloc((n + 1) * sizeof *heap);
+    int64_t faults = next && when && heap ? 0 : -ENOMEM;
+    for (uint64_t page = 0; when && page < pages; page++)
+        when[page] = UINT64_MAX;
+    for (uint64_t i = n; !faults && i-- > 0;) {
+        if (trace[i] >= pages) {
+            faults = -ERANGE;
+            break;
+        }
+        next[i] = when[trace[i]];
+        when[trace[i]] = i;
+    }
+    uint64_t heaped = 0, local = 0;
+    for (uint64_t page = 0; faults == 0 && page < pages; page++)
+        when[page] = 0; /* from here on: one more than the next use of a page that is local; 0: it is not */
+    int failed = faults < 0;
+    for (uint64_t i = 0; !failed && i < n; i++) {
+        uint64_t page = trace[i];
+        if (!when[page]) {
+            faults++;
+            if (local == limit) {
+                /* A page's older uses are still in the heap; only the latest counts. */
+                while (when[heap[0].page] != heap[0].next) {
+                    heap[0] = heap[--heaped];
+                    sift_down(heap, heaped);
+                }
+                when[heap[0].page] = 0;
+                local--;
+            }
+            local++;
+        }
+        when[page] = next[i] == UINT64_MAX ? UINT64_MAX : next[i] + 1;
+        heap[heaped] = (struct use){ when[page], page };
+        sift_up(heap, heaped++);
+    }
+    free(next);
+    free(when);
+    free(heap);
+    return faults;
+}
