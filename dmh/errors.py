@@ -63,6 +63,10 @@ class PageCorrupt(StoreError):
     """The store returned bytes that are not the ones stored."""
 
 
+class TraceError(DmhError):
+    """A recording that cannot be written or read."""
+
+
 class InvalidTransition(DmhError):
     """A page was asked to change state along an edge that the page life cycle does not have."""
 

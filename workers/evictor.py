@@ -2,8 +2,10 @@
 
     wait until the bell rings
     learn what arrived
-    above the high threshold: mark and evict until the low one      dmh.evict.lpet, with the policy
+    above the high threshold: mark and evict until the low one      dmh.evict.lpet, with the policy and the idle source
+    mark what the policy will want to know of, within the budget
     answer requests: discard, evict, flush, pin, unpin
+    record what came in, where a recording is wanted               dmh.observe.trace
 
 It is the only process that takes pages out of the region and the only one that writes to the DMS, all in one thread:
 so no page has two writers and no old version overtakes a new one.
@@ -18,11 +20,17 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from dmh.evict import unmap as unmapping
+from dmh.evict.budget import MarkBudget
+from dmh.evict.idle import open_source
 from dmh.evict.leave import Leaver
 from dmh.evict.lpet import Lpet
 from dmh.evict.policies import policy_class
+from dmh.evict.reserve import Reserve
+from dmh.evict.unmap import Unmapper
 from dmh.lspt.states import State
 from dmh.native import lib
+from dmh.observe.trace import Kind, TraceWriter
 from dmh.service.channel import Message
 from dmh.service.recovery import recover, restore_pins
 from dmh.service.worker import Worker
@@ -45,14 +53,30 @@ class Evictor:
         self.store = worker.open_store()
         recover(worker, self.store)
         pipe = worker.pipe_out, worker.pipe_in
+        unmapper = Unmapper(worker.context) if unmapping.probe() is None else None
         self.leaver = Leaver(
             self.table, worker.context, setup.number, worker.slots, pipe, self.store, worker.retry(),
-            lambda: list(worker.programs),
+            lambda: list(worker.programs), unmapper,
         )  # fmt: skip
         if setup.restarted:
             self.leaver.distrust()  # the store may have been restarted as well, and who would have noticed is dead
-        policy = policy_class(setup.policy)(self.table.pages, int(self.table.raw.high), seed=setup.number)
-        self.lpet = Lpet(self.table, policy, self.leaver, setup.batch, setup.number)
+        self.recording = TraceWriter(**setup.record, resume=setup.restarted) if setup.record else None
+        source = open_source(setup.idle, worker.context, self.table, self.leaver, unmapper)
+        # A policy reckons with what is local at any time, after LPET's runs as well as before them.
+        limit = setup.low if setup.adaptive else setup.high
+        self.lpet = Lpet(
+            self.table,
+            policy_class(setup.policy)(self.table.pages, limit, accessed=source.accessed, seed=setup.number),
+            source,
+            self.leaver,
+            high=setup.high,
+            low=setup.low,
+            budget=MarkBudget(setup.mark_budget),
+            reserve=_reserve(int(self.table.raw.resident_max), setup.low) if setup.adaptive else None,
+            batch=setup.batch,
+            number=setup.number,
+            recording=self.recording,
+        )
         self.requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
         for operation in ("discard", "evict", "flush", "pin", "unpin", "pins-in-force", "store-stats"):
             worker.handle(operation, self._enqueue)
@@ -74,6 +98,7 @@ class Evictor:
             self._answer_requests()
             self.lpet.learn()
             short = self.lpet.run(lambda: not stopping.is_set())
+            self.lpet.mark_ahead()
             if short:
                 lib.dmh_wait_bell(raw, raw.bell, max(BUSY_MS, min(self.leaver.rest_ms, AWAY_MS)))
             elif self.requests.empty() and not self.lpet.due():
@@ -98,6 +123,8 @@ class Evictor:
         first, count = message["first"], message["count"]
         self.lpet.forget(np.arange(first, first + count, dtype=np.uint64))
         left = message.get("left")
+        if left is None and self.recording:
+            self.recording.append(np.array([first]), Kind.DISCARD, thread=count)
         runs = [(first, count)] if left is None else left
         busy = [self.leaver.discard(a, n) for a, n in runs]
         pages = np.concatenate(busy)
@@ -169,6 +196,11 @@ class Evictor:
         return f"unavailable since {now - min([now, *outages]):.0f} s: {reason or 'see the log'}"
 
 
+def _reserve(resident_max: int, low: int) -> Reserve:
+    """From 1/256 of the memory to half of what lies above the low threshold: then runs end above it, too."""
+    return Reserve(least=max(resident_max // 256, 1), most=max((resident_max - low) // 2, 1))
+
+
 def main() -> None:
     """Run until told to stop."""
     worker = Worker("evictor")
@@ -178,6 +210,9 @@ def main() -> None:
     try:
         evictor.run()
     finally:
+        if evictor.recording:
+            evictor.lpet.learn()
+            evictor.recording.close()
         evictor.store.close()
         worker.after_launcher(lambda: registry.remove(spec))
 

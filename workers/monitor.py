@@ -15,6 +15,7 @@ kernel say again what is still wanted.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from dmh.fault.births import Births
@@ -84,7 +85,7 @@ def _hand_over_windows(context: Any, dispatcher: Dispatcher, message: Message, s
     wish = ffi.new("struct dmh_request *")
     wish.stride, wish.view = 1, message["view"]
     for first in range(message["first"], end, step):
-        wish.page, wish.window = first, min(step, end - first)
+        wish.page, wish.window, wish.ns = first, min(step, end - first), time.monotonic_ns()
         wish.resolver = lib.dmh_hand_over(context, wish)
         if wish.resolver:
             dispatcher.deliver(wish)

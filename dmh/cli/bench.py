@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dmh.bench import apps, idle, latency, random_access, remote, report, stream, threads
+from dmh.bench import apps, idle, latency, policies, random_access, remote, report, stream, threads
 from dmh.bench.rows import Row, figure
 from dmh.bench.subject import Options
 from dmh.config import parse_size
@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[Options, Callable[[str], None]], list[Row]]] = {
     "apps": apps.run,
     "remote": remote.run,
     "idle": idle.run,
+    "policies": policies.run,
 }
 MODULES = {name: sys.modules[run.__module__] for name, run in BENCHMARKS.items()}
 WIDTH_OF_A_FILE = 160

@@ -77,7 +77,7 @@ def _rows(config: Config) -> Iterator[tuple[str, str, str]]:
         "evictor.batch": f"{limits.batch:,} pages at a time",
         "prefetch.window": f"{pages(limits.window)} ahead at most",
     }
-    sizes = {"region.size", "region.page_size", "memory.limit"}
+    sizes = {"region.size", "region.page_size", "memory.limit", "record.max_size"}
     durations = {"store.timeout", "service.grace", "service.grace_launcher"}
     for section_name, section in config:
         for key, value in section:
@@ -93,5 +93,5 @@ def _rows(config: Config) -> Iterator[tuple[str, str, str]]:
             elif isinstance(value, tuple):
                 text = str(list(value))
             else:
-                text = str(value)
+                text = str(value) or "none"
             yield setting, text, meanings.get(setting, "")

@@ -20,6 +20,7 @@ from typing import Any
 
 from dmh.config import load
 from dmh.native import lib
+from dmh.observe.trace import record_override
 from dmh.service.launcher import Launcher
 from dmh.service.paths import SOCKET_VARIABLE
 
@@ -41,6 +42,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override a setting"
     )
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="record what comes in to FILE, for dmh simulate (record.file)"
+    )
     parser.add_argument("--stats", type=Path, metavar="FILE", help="write the final counters to FILE as JSON")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ARGS", help="what to run")
     parser.set_defaults(run=run)
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if not command:
         print("dmh run: name a program after --, as in: dmh run -c FILE -- python script.py", file=sys.stderr)
         return 2
-    config = load(args.config, args.overrides)
+    config = load(args.config, [*args.overrides, *record_override(args.record)])
     if shutil.which(command[0]) is None:
         exists = Path(command[0]).exists()
         print(f"dmh run: {command[0]}: {'not executable' if exists else 'no such program'}", file=sys.stderr)

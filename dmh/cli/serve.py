@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmh.config import format_size, load
+from dmh.observe.trace import record_override
 from dmh.region.connection import stop_service
 from dmh.service.launcher import Launcher
 
@@ -30,6 +31,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override a setting"
     )
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="record what comes in to FILE, for dmh simulate (record.file)"
+    )
     parser.add_argument("--stats", type=Path, metavar="FILE", help="write the final counters to FILE as JSON")
     parser.set_defaults(run=run)
 
@@ -39,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if args.stop:
         stop_service(args.stop)
         return 0
-    with Launcher.adopt(args.adopt) if args.adopt else Launcher(load(args.config, args.overrides)) as launcher:
+    overrides = [*args.overrides, *record_override(args.record)]
+    with Launcher.adopt(args.adopt) if args.adopt else Launcher(load(args.config, overrides)) as launcher:
         if not args.adopt:
             launcher.start()
         config = launcher.config

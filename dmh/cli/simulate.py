@@ -28,7 +28,12 @@ def add_parser(commands: Any) -> None:
         "hard fault.",
         epilog="Generators: " + ", ".join(GENERATORS) + ".",
     )
-    parser.add_argument("traces", nargs="*", metavar="TRACE", help="a .npy file of page numbers, or a generator")
+    parser.add_argument(
+        "traces",
+        nargs="*",
+        metavar="TRACE",
+        help="a recording (dmh run --record), a .npy file of page numbers, or a generator",
+    )
     parser.add_argument("--policy", metavar="A,B,...", default="auto,pgr,fifo", help="default: %(default)s")
     parser.add_argument(
         "--limit", metavar="N%,N,...", default="10%,25%,50%,75%",

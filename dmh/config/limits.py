@@ -42,6 +42,7 @@ class Limits:
     low: int  # eviction stops at local <= low: 1 <= low < high
     window: int  # prefetch at most so many pages ahead: 0 <= window <= resident_max // 8; 0 without prefetch
     batch: int  # capture at most so many pages in one go: 1 <= batch <= buffer
+    adaptive: bool = True  # high and low are fractions, and LPET moves the thresholds with the fault rate
 
     @classmethod
     def of(cls, config: Config) -> Limits:
@@ -65,7 +66,8 @@ class Limits:
         low = max(1, min(pages(config.memory.low), high - 1))
         # A window below one page (1 MiB of 2 MiB pages) still means that reading ahead is wanted.
         window = min(max(1, pages(config.prefetch.window)), resident_max // 8) if config.prefetch.enabled else 0
-        return cls(limit, buffer, resident_max, high, low, window, min(config.evictor.batch, buffer))
+        adaptive = config.memory.high.unit == config.memory.low.unit == "fraction"
+        return cls(limit, buffer, resident_max, high, low, window, min(config.evictor.batch, buffer), adaptive)
 
     def validate(self) -> None:
         """Check the invariants that stand beside the fields (those that need no region).

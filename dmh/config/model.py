@@ -27,7 +27,7 @@ from dmh.errors import ProtocolError
 from dmh.evict.policies import policy_names
 
 POLICIES = tuple(policy_names())
-IDLE_SOURCES = ("buffer",)
+IDLE_SOURCES = ("auto", "page_idle", "unmap", "buffer", "none")
 
 PAGE_SIZE_MIN, PAGE_SIZE_MAX = 4 * KIB, 2 * MIB
 # Half of the 47 bits that a process has on x86-64 and arm64: the mapping must find one free range among all others.
@@ -193,13 +193,14 @@ class MemoryConfig(_Section):
         description="Hard limit in bytes, never exceeded: at least 8 pages, at most the region. Rounded down to pages."
     )
     high: _Share = Field(
-        default=Amount(0.94, "fraction"),
-        description="Eviction starts when this much is in use: a fraction of limit, a size or a page count.",
+        default=Amount(0.98, "fraction"),
+        description="Eviction starts when this much is in use: a fraction of limit, a size or a page count. While "
+        "faults come fast it starts earlier, unless high or low is a size or a page count.",
     )
     low: _Share = Field(
         default=Amount(0.88, "fraction"),
         description="Eviction stops when use has fallen to this; below high. A fraction of limit, a size or a page "
-        "count.",
+        "count. While faults come slowly it stops earlier, unless high or low is a size or a page count.",
     )
 
 
@@ -234,14 +235,23 @@ class EvictorConfig(_Section):
         json_schema_extra={"enum": list(POLICIES)},
     )
     idle: Annotated[str, _one_of(IDLE_SOURCES)] = Field(
-        default="buffer",
-        description="How idleness is told: buffer moves a page to the victim buffer, from where a use brings it back.",
+        default="auto",
+        description="How a page's use is told: page_idle by the kernel's idle page tracking, unmap by taking it out of "
+        "the page tables, buffer by moving it to the victim buffer, none not at all; auto takes the first of them that "
+        "works here.",
         json_schema_extra={"enum": list(IDLE_SOURCES)},
     )
     buffer: _Share = Field(
-        default=Amount(0.04, "fraction"),
+        default=Amount(0.02, "fraction"),
         description="Victim buffer, out of memory.limit: pages on their way to the store. A fraction below 0.5 of the "
         "limit, a size or a page count.",
+    )
+    mark_budget: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        strict=False,
+        description="The share of one CPU that marking pages (page_idle, unmap) may take.",
     )
     batch: int = Field(default=256, ge=1, le=4096, description="Most pages captured in one go.")
 
@@ -299,6 +309,13 @@ class ServiceConfig(_Section):
     )
 
 
+class RecordConfig(_Section):
+    """A recording of the pages that come in, for `dmh simulate`."""
+
+    file: str = Field(default="", description="Record to this file, which is replaced; nothing is recorded without.")
+    max_size: _Size = Field(default=1024 * MIB, description="The recording ends when the file has grown to this size.")
+
+
 class Config(_Section):
     """Everything a service is told, validated once; made by `dmh.config.load`."""
 
@@ -309,6 +326,7 @@ class Config(_Section):
     prefetch: PrefetchConfig = Field(default_factory=PrefetchConfig)
     store: StoreConfig
     service: ServiceConfig = Field(default_factory=ServiceConfig)
+    record: RecordConfig = Field(default_factory=RecordConfig)
 
     def to_wire(self) -> str:
         """This configuration as JSON, for a worker's `from_wire`.  Holds the store's password, if its URL does."""
@@ -336,6 +354,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "prefetch": PrefetchConfig,
     "store": StoreConfig,
     "service": ServiceConfig,
+    "record": RecordConfig,
 }
 
 
@@ -344,6 +363,8 @@ def describe_native(section: str, key: str, value: object) -> str:
     schema = SECTIONS[section].model_json_schema()["properties"][key]
     if "enum" in schema:
         form = f"one of {', '.join(schema['enum'])}"
+    elif schema["type"] == "number":
+        form = f"a number from {schema['minimum']} to {schema['maximum']}"
     elif schema["type"] == "integer":
         form = f"an integer from {schema['minimum']} to {schema['maximum']}"
     else:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmh.errors import StoreError
+from dmh.evict.unmap import Unmapper
 from dmh.lspt.states import Copy, State
 from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
@@ -26,6 +27,9 @@ from dmh.store.base import Found, OpenStore, PageBytes
 from dmh.store.retry import Retry
 
 log = logging.getLogger("dmh")
+
+SCATTERED = 3
+"""Gaps among the pages of a batch, from which on unmapping the batch first costs less than one interruption a run."""
 
 Pages = npt.NDArray[np.uint64]
 NO_PAGES: Pages = np.empty(0, np.uint64)
@@ -50,6 +54,7 @@ class Leaver:
         store: OpenStore,
         retry: Retry,
         views: Callable[[], list[int]],
+        unmapper: Unmapper | None,
     ) -> None:
         self._table = table
         self._context = context
@@ -60,6 +65,7 @@ class Leaver:
         self._store = store
         self._retry = retry
         self._views = views
+        self._unmapper = unmapper
         self._rotor = 0
         self._epoch: str | None = None
         with contextlib.suppress(StoreError):  # then the first answer counts as another store's
@@ -114,6 +120,8 @@ class Leaver:
         if not n:
             return pages, slots
         self._rotor = (int(slots[-1]) + 1) % self._table.slots
+        if self._unmapper and np.count_nonzero(np.diff(pages) > 1) >= SCATTERED:
+            self._unmapper.unmap(pages)
         outcome = np.zeros(n, np.uint8)
         lib.dmh_capture(
             self._context, self._pipe_out, self._pipe_in, self._pipe_bytes, ffi.from_buffer("uint64_t[]", pages), n,

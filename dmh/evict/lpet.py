@@ -1,35 +1,77 @@
 """LPET, the low-priority eviction task: from the high threshold down to the low one.
 
-Owns the evictor's sequence: learn what arrived, ask the policy, mark, evict.  Does not own the order of victims (the
-policy), nor how a page leaves (`dmh.evict.leave`).  Called by `workers/evictor.py` when the bell has rung.
+Owns the evictor's sequence: learn what arrived, have marked pages looked at, ask the policy, mark, evict; and the two
+thresholds where they follow the fault rate.  Does not own the order of victims (the policy), what a mark is (the idle
+source), nor how a page leaves (`dmh.evict.leave`).  Called by `workers/evictor.py` when the bell has rung.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
 
+from dmh.evict.budget import MarkBudget
+from dmh.evict.idle.base import IdleSource
 from dmh.evict.leave import Leaver
 from dmh.evict.policies.base import Event, Pages, Policy
+from dmh.evict.reserve import Reserve
 from dmh.lspt.states import State
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
+from dmh.observe.trace import TraceWriter
 
-_EVENT = np.dtype([("order", "u8"), ("page", "u8"), ("kind", "u4"), ("thread", "u4")])
+_EVENT = np.dtype([("order", "u8"), ("page", "u8"), ("ns", "u8"), ("kind", "u4"), ("thread", "u4")])
 _EVENTS = 65536
 
 
 class Lpet:
-    """One region's eviction task."""
+    """One region's eviction task.
 
-    def __init__(self, table: Table, policy: Policy, leaver: Leaver, batch: int, number: int) -> None:
+    Args:
+        table: its pages.
+        policy: the order of victims.
+        source: what marks are, and what they tell.
+        leaver: how pages leave.
+        high, low: the configured thresholds, in local pages.
+        budget: the processor time that marks may take.
+        reserve: the room to keep free; None: the thresholds stay as they are.
+        batch: most pages marked or evicted in one step.
+        number: of the evictor, for its counters.
+        recording: of what came in, where one is wanted.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        policy: Policy,
+        source: IdleSource,
+        leaver: Leaver,
+        *,
+        high: int,
+        low: int,
+        budget: MarkBudget,
+        reserve: Reserve | None,
+        batch: int,
+        number: int,
+        recording: TraceWriter | None = None,
+    ) -> None:
         self._table = table
         self._policy = policy
+        self._source = source
         self._leaver = leaver
+        self._budget = budget
+        self._reserve = reserve
+        self._high, self._low = high, low
         self._batch = batch
         self._number = number
+        self._recording = recording
         self._events = np.empty(_EVENTS, _EVENT)
+        self._unwatched = np.zeros(table.pages, np.bool_)
+        """Marked, says the policy, but the source could not: taken for idle, as if nothing could be told of use."""
+        self._waits = 0
+        self._adapt()
 
     def learn(self) -> None:
         """Tell the policy what has arrived since last time, in the order in which it did."""
@@ -37,7 +79,12 @@ class Lpet:
         while n := lib.dmh_drain(raw, ffi.from_buffer("struct dmh_event[]", self._events), _EVENTS):
             events = self._events[:n]
             events = events[np.argsort(events["order"], kind="stable")]
-            self._policy.learn(events["page"], events["kind"].astype(np.uint8))
+            if self._reserve:
+                self._reserve.arrived(events["ns"])
+            if self._recording:
+                self._recording.append(events["page"], events["kind"], events["ns"], events["thread"])
+            kinds = np.where(events["kind"] == lib.DMH_EV_NEW, Event.FAULT, events["kind"])
+            self._policy.learn(events["page"], kinds.astype(np.uint8))
             if n < _EVENTS:
                 break
         if raw.events_lost:
@@ -66,19 +113,16 @@ class Lpet:
     def run(self, keep_going: Callable[[], bool]) -> int:
         """One run: evict as many pages as were too many at its start.  Returns how many it could not find."""
         quota = self.due()
-        self._table.raw.rung_at = 0
+        rung_ns, self._table.raw.rung_at = int(self._table.raw.rung_ns), 0
         if not quota:
             return 0
         self._table.count(self._number, "runs")
+        began = min(rung_ns / 1e9 or time.monotonic(), time.monotonic())
         while quota > 0 and keep_going():
             self.learn()
             looked = self._look()
-            free = self._table.slots - self._table.staged
-            choice = self._policy.choose(min(quota, self._batch), min(free, self._batch))
-            if len(choice.mark):
-                marked = self._leaver.stage(choice.mark)
-                self._table.count(self._number, "marked", len(marked))
-                self._keep_unmoved(choice.mark)
+            choice = self._policy.choose(min(quota, self._batch), self._may_mark())
+            self._mark(choice.mark)
             if len(choice.evict):
                 self._leaver.evict(choice.evict)
                 moved = len(choice.evict) - self._keep_unmoved(choice.evict)
@@ -89,8 +133,37 @@ class Lpet:
                 # Nothing of the policy's is left to evict; what an earlier write failed on may be.
                 self._leaver.write_staged()
                 break
+            if self._reserve and len(choice.evict):
+                now = time.monotonic()
+                self._reserve.reacted(now - began)
+                began = now
         self._table.raw.rung_at = 0  # who rang meanwhile has been served by this run
+        self._adapt()
         return max(quota, 0)
+
+    def mark_ahead(self) -> None:
+        """Mark what the policy will want to know of, before it needs room."""
+        if not self._source.moves:
+            self._mark(self._policy.choose(0, self._may_mark()).mark)
+
+    def _adapt(self) -> None:
+        """Move the thresholds so that the room above the high one is the reserve.
+
+        The high one is never above what is configured, and a run goes no further below it than it must: a page that
+        stays costs nothing.
+        """
+        if self._reserve is None:
+            return
+        raw = self._table.raw
+        waits = self._table.counter("room_waits")
+        self._reserve.pass_time(time.monotonic())
+        self._reserve.waited(waits - self._waits)
+        self._waits = waits
+        room = self._reserve.pages
+        raw.high = max(min(self._high, int(raw.resident_max) - room), 2)
+        depth = min(max(room, self._batch), max(room, (int(raw.resident_max) - self._low) // 4))
+        raw.low = min(max(self._low, int(raw.high) - depth), int(raw.high) - 1)
+        raw.keep = room // 2
 
     def evict(self, pages: Pages) -> Pages:
         """Move these pages out now, whatever the policy thinks of them; returns those that the store did not take."""
@@ -131,13 +204,46 @@ class Lpet:
         self.learn()
         self._policy.tell(Event.GONE, pages)
 
+    def _may_mark(self) -> int:
+        """How many pages may be marked now: what fits the victim buffer, or the budget."""
+        if self._source.moves:
+            return min(self._table.slots - self._table.staged, self._batch)
+        return self._budget.pages(time.monotonic(), self._batch)
+
+    def _mark(self, pages: Pages) -> None:
+        if not len(pages):
+            return
+        began = time.thread_time()
+        pages = np.sort(pages)
+        watched = self._source.mark(pages)
+        self._table.count(self._number, "marked", int(np.count_nonzero(watched)))
+        if self._source.moves:
+            self._keep_unmoved(pages)
+        else:
+            self._unwatched[pages] = ~watched
+            self._spend(began, len(pages))
+
     def _look(self) -> int:
         """Tell the policy whether the marked pages that it asks about were used; returns how many those were."""
         pages = self._policy.look(self._batch)
-        # The `buffer` source: a marked page that nobody touched is still in the victim buffer.
-        idle = (self._table.words[pages] & np.uint64(15)) == State.STAGED
-        self._policy.learn(pages, np.where(idle, Event.IDLE, Event.USED).astype(np.uint8))
+        if not len(pages):
+            return 0
+        began = time.thread_time()
+        used = self._source.used(pages) & ~self._unwatched[pages]
+        kinds = np.where(used, Event.USED, Event.IDLE).astype(np.uint8)
+        self._table.count(self._number, "found_used", int(np.count_nonzero(used)))
+        self._policy.learn(pages, kinds)
+        if self._recording:
+            self._recording.append(pages, kinds)
+        if not self._source.moves:
+            self._spend(began, 0)
         return len(pages)
+
+    def _spend(self, began: float, marked: int) -> None:
+        """Account for the processor time of marks and looks."""
+        seconds = time.thread_time() - began
+        self._budget.spent(seconds, marked)
+        self._table.count(self._number, "mark_us", round(seconds * 1e6))
 
     def _keep_unmoved(self, pages: Pages) -> int:
         """Pages that stayed resident although they were chosen go back to the policy, but for pinned ones, which

@@ -56,7 +56,8 @@ class Resolver:
             if plan.room_wanted:
                 # The hard limit: LPET has been rung.  Nothing is claimed, so nothing is held up meanwhile.
                 if demand:
-                    self._table.count(self._number, "room_waits")
+                    self._table.count(self._number, "room_waits", not waits)
+                    waits += 1
                     lib.dmh_wait_room(self._context, False, ROOM_WAIT_MS)
                 elif request.thread and waits < lib.DMH_AHEAD_WAITS:  # without a thread it is a program's wish
                     waits += 1

@@ -65,6 +65,17 @@ class Copy(enum.IntEnum):
     """A write is under way or failed half-way: the DMS may have either version."""
 
 
+class Advice(enum.IntEnum):
+    """What the program has said of its use of a page; one byte a page, written by the launcher for read-ahead."""
+
+    NORMAL = 0
+    """Nothing: faults tell."""
+    SEQUENTIAL = 1
+    """Ascending: the first fault already reads ahead, as far as is allowed."""
+    RANDOM = 2
+    """No fault here reads ahead."""
+
+
 STATE_BITS, WORKER_BITS, SLOT_BITS = 4, 7, 20
 WORKER_SHIFT, FROM_STORE_SHIFT, SLOT_SHIFT, GENERATION_SHIFT = 4, 11, 12, 32
 

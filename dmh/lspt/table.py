@@ -49,6 +49,7 @@ class Table:
         self.sums: npt.NDArray[np.uint64] = self._array(lib.dmh_sums(self.raw), self.pages, np.uint64)
         self.copies: npt.NDArray[np.uint8] = self._array(lib.dmh_copies(self.raw), self.pages, np.uint8)
         self.pins: npt.NDArray[np.uint8] = self._array(lib.dmh_pins(self.raw), self.pages, np.uint8)
+        self.advice: npt.NDArray[np.uint8] = self._array(lib.dmh_advice(self.raw), self.pages, np.uint8)
 
     @staticmethod
     def create(pages: int, page_size: int, slots: int, workers: int, bounds: Bounds) -> int:
@@ -108,6 +109,11 @@ class Table:
     def count(self, worker: int, counter: str, n: int = 1) -> None:
         """Add to one of a worker's counters."""
         lib.dmh_count(self.raw, worker, CELLS[counter], n)
+
+    def counter(self, name: str) -> int:
+        """One counter, summed over the workers."""
+        cell = CELLS[name]
+        return sum(int(lib.dmh_counters_of(self.raw, worker).cell[cell]) for worker in range(self.workers))
 
     def counters(self) -> dict[str, int]:
         """Every counter, summed over the workers."""

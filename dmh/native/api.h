@@ -22,10 +22,11 @@ struct dmh_shared {
     uint64_t page_size, page_shift, pages, slots, workers, ring_entries;
     uint64_t resident_max;      /* pages; memory.limit less the victim buffer: the hard bound */
     uint64_t high, low;         /* pages; LPET's thresholds, over local pages */
-    uint64_t words_at, sums_at, copies_at, pins_at, slots_at, rings_at, journal_at, lanes_at, posts_at, bytes; /* offsets from here */
+    uint64_t words_at, sums_at, copies_at, pins_at, advice_at, slots_at, rings_at, journal_at, lanes_at, posts_at, bytes; /* offsets from here */
     uint64_t resident;          /* pages that occupy, or are promised, memory of the region; <= resident_max */
     uint64_t staged;            /* slots in use; <= slots */
     uint64_t rung_at;           /* local pages that the fault which rang had found; 0: nobody has since LPET last ran */
+    uint64_t rung_ns;           /* when that was */
     uint64_t clock;             /* orders the arrivals of pages */
     uint64_t pinned;            /* pages with a pin */
     uint32_t bell;              /* futex: rung to wake LPET */
@@ -86,6 +87,7 @@ uint64_t *dmh_words(struct dmh_shared *s);
 uint64_t *dmh_sums(struct dmh_shared *s);
 uint8_t  *dmh_copies(struct dmh_shared *s);
 uint8_t  *dmh_pins(struct dmh_shared *s);
+uint8_t  *dmh_advice(struct dmh_shared *s);
 struct dmh_counters *dmh_counters_of(struct dmh_shared *s, uint32_t worker);
 struct dmh_journal *dmh_journal_of(struct dmh_shared *s);
 void     dmh_count(struct dmh_shared *s, uint32_t worker, uint32_t counter, uint64_t n);
@@ -112,7 +114,9 @@ void     dmh_stop(struct dmh_shared *s);
 int64_t  dmh_take_slots(struct dmh_ctx *c, uint32_t *out, uint64_t n, uint64_t from);
 void     dmh_return_slots(struct dmh_ctx *c, const uint32_t *slots, const uint8_t *outcome, uint64_t n);
 
-struct dmh_event { uint64_t order; uint64_t page; uint32_t kind; uint32_t thread; };
+/* order: of installation; ns: when the fault was received. */
+struct dmh_event { uint64_t order; uint64_t page; uint64_t ns; uint32_t kind; uint32_t thread; };
+/* Kinds of events: those of policies (dmh/evict/policies/base.py) and of recordings (dmh/observe/trace.py). */
 #define DMH_EV_FAULT 0          /* a page came in because it was touched */
 #define DMH_EV_SOFT 1           /* a page came back from the victim buffer because it was touched */
 #define DMH_EV_PREFETCH 2       /* a page came in ahead of use */
@@ -121,6 +125,8 @@ struct dmh_event { uint64_t order; uint64_t page; uint32_t kind; uint32_t thread
 #define DMH_EV_KEPT 4           /* a page is local although it was chosen, or nobody knows why; no use is known */
 #define DMH_EV_USED 5           /* the answer to `look`: used since it was marked */
 #define DMH_EV_IDLE 6           /* the answer to `look`: not used */
+/* In a ring only: policies are told FAULT. */
+#define DMH_EV_NEW 7            /* a new page was touched */
 int64_t  dmh_drain(struct dmh_shared *s, struct dmh_event *out, uint64_t max);
 
 /* ---- userfaultfd and mappings ---- */
@@ -132,6 +138,7 @@ int      dmh_uffd_open(int *how, uint64_t *features);
 int      dmh_uffd_open_following(int *how, uint64_t *features);
 int      dmh_uffd_register(int uffd, void *base, uint64_t bytes);
 int      dmh_uffd_wake(int uffd, uint64_t base, uint64_t bytes);
+int      dmh_uffd_exact(uint64_t features);
 void    *dmh_map_region(int memfd, uint64_t bytes, uint64_t align, int writable);
 int      dmh_unmap(void *base, uint64_t bytes);
 int      dmh_seal_mapping(void *base, uint64_t bytes);
@@ -169,8 +176,11 @@ int      dmh_next_birth(struct dmh_ctx *c, struct dmh_birth *out);
 struct dmh_window { int64_t first, stride; uint32_t count; };
 struct dmh_streams *dmh_streams_new(uint32_t limit);
 void     dmh_streams_free(struct dmh_streams *s);
-/* What read-ahead looks at: the table's words, by which local pages are told, and how far each resolver is.  NULL: nothing is local; nobody is behind. */
-struct dmh_outlook { const uint64_t *words; uint64_t pages; const uint64_t *completed; };
+/*
+ * What read-ahead looks at: the table's words, by which local pages are told, how far each resolver is, and what the program has said of each page.
+ * NULL: nothing is local; nobody is behind; nothing was said.
+ */
+struct dmh_outlook { const uint64_t *words; uint64_t pages; const uint64_t *completed; const uint8_t *advice; };
 int      dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, const struct dmh_outlook *o, struct dmh_window *out);
 void     dmh_streams_given(struct dmh_streams *s, uint32_t resolver, uint64_t ticket);
 uint64_t dmh_streams_used(const struct dmh_streams *s);
@@ -263,6 +273,18 @@ struct dmh_replay {
 };
 int      dmh_replay_trace(struct dmh_policy *p, const uint64_t *trace, uint64_t n, uint8_t *state, struct dmh_replay *r);
 int64_t  dmh_replay_optimal(const uint64_t *trace, uint64_t n, uint64_t pages, uint64_t limit);
+
+/* ---- evictor: was a page used since it was marked? ---- */
+
+void     dmh_ctx_look(struct dmh_ctx *c);
+int      dmh_view_pids(struct dmh_ctx *c, int *out, int max);
+int      dmh_unmap_pages(struct dmh_ctx *c, const uint64_t *pages, uint64_t n);
+int      dmh_mark_unmap(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint8_t *marked);
+int      dmh_look_unmap(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint8_t *used);
+int      dmh_mark_page_idle(struct dmh_ctx *c, int bitmap_fd, const uint64_t *pages, uint64_t n, uint8_t *marked);
+int      dmh_look_page_idle(struct dmh_ctx *c, int bitmap_fd, const uint64_t *pages, uint64_t n, uint8_t *used);
+int      dmh_probe_frames(void);
+int      dmh_probe_unmap(void);
 
 /* ---- page contents ---- */
 

@@ -12,9 +12,9 @@ static void ring_at_high(struct dmh_ctx *c, uint64_t page, uint64_t granted)
     uint64_t local = LOAD(&c->s->resident) + LOAD(&c->s->staged), none = 0;
     if (local <= c->s->high || word_state(LOAD(&c->words[page])) == DMH_STAGED)
         return;
-    /* Where somebody has rung since LPET last began or ended a run, it comes: it looks at what is local before it sleeps. */
     if (!CAS(&c->s->rung_at, &none, local - granted > c->s->high ? local - granted : c->s->high))
-        return;
+        return; /* rung already: LPET looks at what is local when it ends its run, which clears rung_at */
+    STORE(&c->s->rung_ns, now_ns());
     count(c, DMH_C_RINGS, 1);
     dmh_ring_bell(c->s);
 }
@@ -219,8 +219,8 @@ static void publish(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint32_t 
     leave(c);
     wake_others(c, through, p->page[i], k);
     int demand = p->demand && i == 0;
-    note_arrivals(c, p->page + i, k, demand ? (p->kind[i] == DMH_STAGED ? DMH_EV_SOFT : DMH_EV_FAULT) : DMH_EV_PREFETCH,
-                  DMH_EV_PREFETCH, p->thread);
+    uint32_t first = p->kind[i] == DMH_STAGED ? DMH_EV_SOFT : p->kind[i] == DMH_NEW ? DMH_EV_NEW : DMH_EV_FAULT;
+    note_arrivals(c, p->page + i, k, demand ? first : DMH_EV_PREFETCH, DMH_EV_PREFETCH, p);
     if (demand) {
         count(c, DMH_C_FAULTS, 1);
         count(c, p->kind[i] == DMH_NEW ? DMH_C_ZERO : p->kind[i] == DMH_STAGED ? DMH_C_SOFT : DMH_C_HARD, 1);

@@ -300,6 +300,15 @@ static int read_messages(struct dmh_ctx *c, const struct epoll_event *ready, int
     return n;
 }
 
+/* How many of `most` pages the program has called sequential, without a gap: other pages are not part of what it scans. */
+static uint32_t sequential_from(struct dmh_ctx *c, uint64_t page, uint32_t most)
+{
+    uint32_t n = 0;
+    while (n < most && page + n < c->s->pages && LOAD(&c->advice[page + n]) == DMH_ADVICE_SEQUENTIAL)
+        n++;
+    return n;
+}
+
 /*
  * Ask for the windows that a fault calls for, of resolvers that are awake; those for sleeping ones are put in out[], *left of them.  Returns the
  * resolver that has the page itself still to do, or 0.
@@ -307,7 +316,7 @@ static int read_messages(struct dmh_ctx *c, const struct epoll_event *ready, int
 static uint32_t read_ahead(struct dmh_ctx *c, const struct dmh_request *fault, struct dmh_request *out, int *left)
 {
     struct dmh_window window[2];
-    struct dmh_outlook outlook = { c->words, c->s->pages, c->s->completed };
+    struct dmh_outlook outlook = { c->words, c->s->pages, c->s->completed, c->advice };
     uint64_t used = dmh_streams_used(c->streams), wasted = dmh_streams_wasted(c->streams);
     int n = dmh_streams_observe(c->streams, fault->thread, fault->page, &outlook, window);
     count(c, DMH_C_AHEAD_USED, dmh_streams_used(c->streams) - used);
@@ -316,6 +325,8 @@ static uint32_t read_ahead(struct dmh_ctx *c, const struct dmh_request *fault, s
         struct dmh_request r = { .page = (uint64_t)window[i].first, .stride = window[i].stride, .window = window[i].count,
                                  .view = fault->view, .thread = fault->thread, .ns = fault->ns };
         if (r.page >= c->s->pages) /* the region's end, or, as a negative number, its beginning */
+            continue;
+        if (LOAD(&c->advice[fault->page]) == DMH_ADVICE_SEQUENTIAL && !(r.window = sequential_from(c, r.page, r.window)))
             continue;
         r.resolver = dmh_hand_over(c, &r);
         dmh_streams_given(c->streams, r.given, c->s->dispatched[r.given]);

@@ -228,7 +228,8 @@ static int on_its_way(const struct stream *m, const struct dmh_outlook *o, int64
 int dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, const struct dmh_outlook *o, struct dmh_window *out)
 {
     int64_t page = (int64_t)fault;
-    if (!s->limit)
+    const uint8_t advice = o->advice ? LOAD(&o->advice[fault]) : DMH_ADVICE_NORMAL;
+    if (!s->limit || advice == DMH_ADVICE_RANDOM)
         return 0;
     struct thread *t = thread_of(s, thread);
     s->last = t->stream; /* where to_front() puts it */
@@ -239,7 +240,8 @@ int dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, 
     for (uint32_t i = 0; i < t->nstreams; i++)
         if (on_its_way(&t->stream[i], o, page))
             return -(int)t->stream[i].resolver;
-    int64_t stride = new_stride(t, page);
+    const int sequential = advice == DMH_ADVICE_SEQUENTIAL;
+    int64_t stride = sequential ? 1 : new_stride(t, page);
     t->recent[t->nrecent++ % RECENT] = page;
     if (t->nrecent == 2 * RECENT)
         t->nrecent = RECENT;
@@ -259,5 +261,7 @@ int dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, 
         end_stream(s, t, &t->stream[--t->nstreams]);
     memmove(t->stream + 1, t->stream, t->nstreams++ * sizeof *t->stream);
     t->stream[0] = (struct stream){ .last = page, .stride = stride, .at = t->faults, .window = FIRST_WINDOW < t->widest ? FIRST_WINDOW : t->widest };
+    if (sequential) /* nothing has to be proven */
+        t->stream[0].window = s->widest, t->stream[0].met = PROVEN;
     return begin(&t->stream[0], page, o, s->limit, out);
 }

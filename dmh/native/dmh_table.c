@@ -60,6 +60,7 @@ int dmh_shared_create(uint64_t pages, uint64_t page_size, uint64_t slots, uint64
     h.sums_at = at, at = align_up(at + pages * 8, 4096);
     h.copies_at = at, at = align_up(at + pages, 4096);
     h.pins_at = at, at = align_up(at + pages, 4096);
+    h.advice_at = at, at = align_up(at + pages, 4096);
     h.slots_at = at, at = align_up(at + slots * 4, 4096);
     h.rings_at = at, at = align_up(at + workers * sizeof(struct ring), 4096);
     h.bytes = at;
@@ -89,6 +90,7 @@ uint64_t *dmh_words(struct dmh_shared *s) { return (uint64_t *)((uint8_t *)s + s
 uint64_t *dmh_sums(struct dmh_shared *s) { return (uint64_t *)((uint8_t *)s + s->sums_at); }
 uint8_t *dmh_copies(struct dmh_shared *s) { return (uint8_t *)s + s->copies_at; }
 uint8_t *dmh_pins(struct dmh_shared *s) { return (uint8_t *)s + s->pins_at; }
+uint8_t *dmh_advice(struct dmh_shared *s) { return (uint8_t *)s + s->advice_at; }
 struct dmh_journal *dmh_journal_of(struct dmh_shared *s) { return (struct dmh_journal *)((uint8_t *)s + s->journal_at); }
 
 struct dmh_counters *dmh_counters_of(struct dmh_shared *s, uint32_t worker)
@@ -353,7 +355,7 @@ static struct ring *ring_of(struct dmh_shared *s, uint32_t worker)
     return (struct ring *)((uint8_t *)s + s->rings_at) + worker;
 }
 
-void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, uint32_t thread)
+void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, const struct dmh_plan *p)
 {
     struct dmh_shared *s = c->s;
     struct ring *r = ring_of(s, c->worker);
@@ -369,8 +371,9 @@ void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_
         struct dmh_event *e = &r->entry[(head + i) % RING_ENTRIES];
         e->order = order + i;
         e->page = pages[i];
+        e->ns = p->ns;
         e->kind = i ? kind : first_kind;
-        e->thread = thread;
+        e->thread = p->thread;
     }
     STORE(&r->head, head + n);
     if (head - tail < RING_ENTRIES / 2 && head + n - tail >= RING_ENTRIES / 2)

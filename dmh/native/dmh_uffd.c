@@ -18,6 +18,9 @@
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
+#ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+#define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
+#endif
 #ifndef UFFD_FEATURE_POISON
 #define UFFD_FEATURE_POISON (1 << 14)
 #endif
@@ -73,7 +76,8 @@ static int open_with(int *how, uint64_t *features, uint64_t more)
     fd = open_one(how);
     if (fd < 0)
         return fd;
-    api = (struct uffdio_api){ .api = UFFD_API, .features = wanted | (api.features & UFFD_FEATURE_POISON) };
+    wanted |= api.features & (UFFD_FEATURE_POISON | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM);
+    api = (struct uffdio_api){ .api = UFFD_API, .features = wanted };
     if (ioctl(fd, UFFDIO_API, &api) < 0) {
         e = errno;
         close(fd);
@@ -88,9 +92,17 @@ int dmh_uffd_open(int *how, uint64_t *features) { return open_with(how, features
 /* One that announces forks, each with a userfaultfd of the child's.  -EPERM without CAP_SYS_PTRACE. */
 int dmh_uffd_open_following(int *how, uint64_t *features) { return open_with(how, features, UFFD_FEATURE_EVENT_FORK); }
 
+/*
+ * Watch for missing pages.  Write protection is registered beside it and never used: it keeps the kernel from mapping 16 neighbours when one unmapped
+ * page is read (fault-around), so that a page in the page table is one that was used (dmh_idle.c).  Kernels that cannot do it do without.
+ */
 int dmh_uffd_register(int uffd, void *base, uint64_t bytes)
 {
-    struct uffdio_register r = { .range = { (uint64_t)(uintptr_t)base, bytes }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+    struct uffdio_register r = { .range = { (uint64_t)(uintptr_t)base, bytes },
+                                 .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP };
+    if (ioctl(uffd, UFFDIO_REGISTER, &r) == 0)
+        return 0;
+    r.mode = UFFDIO_REGISTER_MODE_MISSING;
     return ioctl(uffd, UFFDIO_REGISTER, &r) < 0 ? -errno : 0;
 }
 
@@ -99,6 +111,13 @@ int dmh_uffd_wake(int uffd, uint64_t base, uint64_t bytes)
 {
     struct uffdio_range r = { base, bytes };
     return ioctl(uffd, UFFDIO_WAKE, &r) < 0 ? -errno : 0;
+}
+
+/* Does registering keep the kernel from mapping neighbours?  By the features that dmh_uffd_open reports. */
+int dmh_uffd_exact(uint64_t features)
+{
+    const uint64_t needed = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
+    return (features & needed) == needed;
 }
 
 /*
@@ -176,6 +195,7 @@ struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_bas
     c->sums = dmh_sums(s);
     c->copies = dmh_copies(s);
     c->pins = dmh_pins(s);
+    c->advice = dmh_advice(s);
     c->counters = dmh_counters_of(s, worker);
     c->region_fd = region_fd;
     c->slots_base = slots_base;
@@ -233,8 +253,11 @@ int dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, int pi
     }
     if (!r && own)
         c->own_base = (uint8_t *)(uintptr_t)base;
-    if (!r)
-        c->views[c->nviews++] = (struct view){ .id = id, .uffd = uffd, .pid = pid, .own = own, .base = base };
+    if (!r) {
+        struct view *v = &c->views[c->nviews++];
+        *v = (struct view){ .id = id, .uffd = uffd, .pid = pid, .own = own, .base = base };
+        open_for_looking(c, v);
+    }
     pthread_rwlock_unlock(&c->lock);
     return r;
 }
@@ -248,6 +271,7 @@ int dmh_view_remove(struct dmh_ctx *c, uint32_t id)
             if (c->epoll_fd >= 0)
                 epoll_ctl(c->epoll_fd, EPOLL_CTL_DEL, c->views[i].uffd, NULL);
             close(c->views[i].uffd);
+            close_after_looking(&c->views[i]);
             c->views[i] = c->views[--c->nviews];
             r = 0;
             break;

@@ -49,12 +49,13 @@ struct view {
     int pid;
     int own;
     uint64_t base;
+    int pidfd, pagemap_fd;      /* where the context looks into processes (dmh_idle.c); else -1 */
 };
 
 struct dmh_ctx {
     struct dmh_shared *s;
     uint64_t *words, *sums;
-    uint8_t *copies, *pins;
+    uint8_t *copies, *pins, *advice;
     struct dmh_counters *counters;
     int region_fd;
     uint8_t *slots_base, *own_base;
@@ -63,6 +64,7 @@ struct dmh_ctx {
     pthread_rwlock_t lock;      /* views[] and their descriptors: read-held over every use of one */
     uint32_t nviews;
     struct view views[DMH_MAX_VIEWS];
+    int look;                   /* evictor: views carry a pidfd and their process's pagemap */
     /* monitor only */
     int epoll_fd, event_fd;
     uint32_t *seen;             /* per page: generation of the word that was last dispatched, plus one */
@@ -171,7 +173,7 @@ int hand_to(struct dmh_ctx *c, struct dmh_request *r, uint32_t n);
 void report_lost(const struct dmh_plan *p);
 int bring_ahead(struct dmh_ctx *c, struct dmh_request *r);
 int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word);
-void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, uint32_t thread);
+void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, const struct dmh_plan *p);
 void note_latency(struct dmh_ctx *c, uint64_t since_ns);
 
 /* Debian 12's headers are older than the kernels it runs on. */
@@ -185,6 +187,8 @@ enum verdict fill(struct dmh_ctx *c, struct view *v, uint64_t offset, uint64_t b
 int poison(struct dmh_ctx *c, uint64_t page, uint64_t word, int away);
 int punch(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
 void wake_view(struct view *v, uint64_t offset, uint64_t bytes);
+void open_for_looking(struct dmh_ctx *c, struct view *v);
+void close_after_looking(struct view *v);
 /* The caller holds the lock. */
 struct view *find_view(struct dmh_ctx *c, uint32_t id);
 struct view *own_view(struct dmh_ctx *c);

@@ -34,6 +34,8 @@ class Snapshot:
         programs: that have the region mapped.
         states: pages in each state.
         counters: see `dmh.observe.names.COUNTERS`.
+        policy, idle: the eviction policy, and the source that says whether a page was used.
+        reserve: room that LPET keeps free now.
         fault_us: p50, p90, p99 in µs from receipt of a fault to its page's installation, as upper bounds of powers of
         two.
         store: what the store says of itself.
@@ -56,6 +58,9 @@ class Snapshot:
     counters: dict[str, int]
     fault_us: dict[str, float]
     store: dict[str, Any] = field(default_factory=dict)
+    policy: str = ""
+    idle: str = ""
+    reserve: int = 0
 
     @classmethod
     def take(
@@ -68,6 +73,8 @@ class Snapshot:
         allocated: int,
         seconds: float,
         store: dict[str, Any],
+        policy: str = "",
+        idle: str = "",
     ) -> Snapshot:
         """Read the shared table."""
         raw = table.raw
@@ -89,6 +96,9 @@ class Snapshot:
             counters=table.counters(),
             fault_us=percentiles(table.fault_times()),
             store=store,
+            policy=policy,
+            idle=idle,
+            reserve=max(int(raw.resident_max) - int(raw.high), 0),
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -126,6 +136,8 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "runs",
             "evicted",
             "marked",
+            "found_used",
+            "mark_us",
             "clean",
             "zeroed",
             "written",
@@ -160,6 +172,9 @@ def rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
         ),
         ("memory", "stored", pages(snapshot.states.get("stored", 0))),
     ]
+    if snapshot.policy:
+        kept = f"{snapshot.reserve:,} pages kept free"
+        out.append(("memory", "evictor", f"policy {snapshot.policy}, use told by {snapshot.idle}, {kept}"))
     if snapshot.pinned:
         out.append(("memory", "pinned", pages(snapshot.pinned)))
     if snapshot.fault_us:

@@ -220,6 +220,35 @@ class Region:
         """Start bringing an array's pages in, and return at once.  A hint: what finds no room is left out."""
         self._ask("prefetch", array)
 
+    def advise(self, array: npt.NDArray[Any], advice: str) -> None:
+        """Say how an array's pages will be used.  Hints: nothing depends on them but speed; the content stays.
+
+        Args:
+            array: lies in the region; what is said holds for whole pages, and until something else is said of them or
+                the array goes.
+            advice: "sequential": in ascending order, so the first fault reads ahead as far as `prefetch.window`.
+                "random": in no order, so no fault reads ahead.
+                "normal": what the faults show; the default.
+                "willneed": soon; as `prefetch`.
+                "dontneed": not soon; its pages begin to move out, as by `evict`, and this returns at once.
+
+        Raises:
+            RegionError: another word than these.
+
+        Example:
+            >>> region.advise(a, "random")                    # doctest: +SKIP
+        """
+        if advice == "willneed":
+            self.prefetch(array)
+            return
+        if advice not in ("sequential", "random", "normal", "dontneed"):
+            raise RegionError(
+                f"advice {advice!r} is not one of 'sequential', 'random', 'normal', 'willneed' and 'dontneed'"
+            )
+        first, count = self._pages(array)
+        if count:
+            self._request({"op": "advise", "first": first, "count": count, "advice": advice})
+
     def discard(self, array: npt.NDArray[Any]) -> None:
         """The array's content is not needed any more: it reads as zeros, and its pages cost nothing until they are
         touched again.

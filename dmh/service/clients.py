@@ -15,6 +15,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from dmh.errors import DmhError, ProtocolError, RegionError, ServiceError
+from dmh.lspt.states import Advice
 from dmh.native import lib
 from dmh.service.channel import Channel, Message, close_all
 from dmh.service.children import Children
@@ -45,6 +46,7 @@ class Clients:
             "register": self._register,
             "detach": self._detach,
             "prefetch": self._prefetch,
+            "advise": self._advise,
             "discard": self._forward,
             "evict": self._forward,
             "flush": self._forward,
@@ -269,6 +271,16 @@ class Clients:
     def _prefetch(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
         monitor = self._launcher.pool.by_role("monitor")
         self._launcher.pool.tell(monitor, self._range(message) | {"view": client.view}, lambda reply: None)
+        return {}
+
+    def _advise(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
+        pages = self._range(message)
+        first, count = pages["first"], pages["count"]
+        if message["advice"] == "dontneed":
+            evictor = self._launcher.pool.by_role("evictor")
+            self._launcher.pool.tell(evictor, pages | {"op": "evict"}, lambda reply: None)
+        else:
+            self._launcher.table.advice[first : first + count] = Advice[str(message["advice"]).upper()]
         return {}
 
     def _pin(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:

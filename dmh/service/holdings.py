@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dmh.errors import RegionError
+from dmh.lspt.states import Advice
 from dmh.service.channel import Message
 from dmh.service.client import Client, Operation
 
@@ -146,6 +147,7 @@ class Holdings:
 
         def done(reply: Message) -> None:
             self._being_freed -= 1
+            self._launcher.table.advice[first : first + count] = Advice.NORMAL
             if "error" in reply:
                 log.error("pages %d..%d are not given back: %s", first, first + count - 1, reply["error"])
             else:

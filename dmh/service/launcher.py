@@ -23,10 +23,12 @@ from typing import Any
 
 from dmh.config import Config, Limits, without_password
 from dmh.errors import KernelError, ServiceError
+from dmh.evict.idle import choose_source
 from dmh.lspt.table import Bounds, Table
 from dmh.native import check, ffi, lib
 from dmh.observe import metrics
 from dmh.observe.report import Snapshot
+from dmh.observe.trace import check_writable
 from dmh.region.extents import Extents
 from dmh.service import adoption, requirements
 from dmh.service.adoption import Estate
@@ -60,6 +62,7 @@ class Launcher:
         self.id = secrets.token_hex(8)  # a program must not take a later service of this name for the same one
         self.region_fd = -1
         self.directory: ServiceDirectory
+        self.idle = config.evictor.idle
         self.pool: Pool
         self.table: Table
         self.ledger: Ledger
@@ -102,6 +105,7 @@ class Launcher:
         config, limits = self.config, self.limits
         page_size, pages = config.region.page_size, config.region.size // config.region.page_size
         self.most_programs = requirements.check(config)
+        self.idle = choose_source(config.evictor.idle, page_size)
         self.directory = ServiceDirectory(self.name)
         self._undo.callback(self.directory.remove)
         self._own(hold_alive(self.directory.path))
@@ -133,6 +137,11 @@ class Launcher:
             window=limits.window,
             batch=limits.batch,
             policy=config.evictor.policy,
+            idle=self.idle,
+            mark_budget=config.evictor.mark_budget,
+            high=limits.high,
+            low=limits.low,
+            adaptive=limits.adaptive,
             inline=config.workers.inline,
             spin_us=self._spin_us(),
             cpus=placement.cpus,
@@ -144,6 +153,7 @@ class Launcher:
             config=config.to_wire(),
             began=self._began,
             grace=config.service.grace,
+            record=self._recording(),
         )
         self.pool = Pool(setup, [self.region_fd, table_fd, slots_fd, pipe[0], pipe[1]], store_fds)
         self._undo.callback(self.pool.stop)
@@ -177,6 +187,7 @@ class Launcher:
     def _take_over(self, directory: ServiceDirectory, estate: Estate) -> None:
         setup = estate.setup
         self.directory, self.id, self._began = directory, setup.service, setup.began
+        self.idle = setup.idle
         self.most_programs = requirements.most_programs(setup.resolvers)
         self._undo.callback(directory.remove)
         self._own(hold_alive(directory.path))
@@ -212,6 +223,24 @@ class Launcher:
         for client in list(self.clients.all):
             if client.pid:
                 self.watch_process(client)
+
+    def _recording(self) -> dict[str, Any]:
+        """What the evictor is told: where to record to, and what the recording's header says; empty for nowhere."""
+        record, region, limits = self.config.record, self.config.region, self.limits
+        if not record.file:
+            return {}
+        header = {
+            "region": region.name,
+            "page_size": region.page_size,
+            "pages": region.size // region.page_size,
+            "limit": limits.limit,
+            "slots": limits.buffer,
+            "policy": self.config.evictor.policy,
+            "idle": self.idle,
+        }
+        path = os.path.abspath(record.file)
+        check_writable(path)
+        return {"path": path, "header": header, "max_size": record.max_size}
 
     def _spin_us(self) -> int:
         """What the monitor is told: microseconds, 0 for never, -1 for as long as pays."""
@@ -356,6 +385,8 @@ class Launcher:
             allocated=self.extents.pages - self.extents.free_pages,
             seconds=time.monotonic() - self._began,
             store={"url": without_password(self.config.store.url)},
+            policy=self.config.evictor.policy,
+            idle=self.idle,
         )
         snapshot.counters["refused"] += self.clients.refused
         return snapshot

@@ -49,6 +49,11 @@ class Setup:
     window: int
     batch: int
     policy: str
+    idle: str
+    mark_budget: float
+    high: int
+    low: int
+    adaptive: bool
     inline: bool
     spin_us: int
     store: dict[str, Any]
@@ -64,6 +69,7 @@ class Setup:
     """Seconds that a service without programs waits for a launcher that takes over."""
     cpus: list[int]
     follow: bool
+    record: dict[str, Any]
     restarted: bool = False
     """It takes the place of a worker that died, and has to set right what that one left."""
     preamble: int = 0

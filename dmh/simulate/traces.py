@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dmh.errors import DmhError
+from dmh.observe.trace import is_recording, read_trace
 from dmh.simulate.generators import GENERATORS, Trace, make_trace
 
 
@@ -54,11 +55,17 @@ def subject(source: str, pages: int, seed: int) -> Subject:
 
 
 def load_trace(path: Path) -> Trace:
-    """The page numbers in a file, in the order of their use: .npy, one dimension, whole numbers from 0."""
+    """The page numbers in a file, in the order of their use: a recording of dmh's (``--record``), or .npy, one
+    dimension, whole numbers from 0.
+    """
+    if is_recording(path):
+        return read_trace(path).accesses().astype(np.uint64)
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DmhError(f"{path} cannot be read as a trace, a .npy file of page numbers: {error}") from None
+        raise DmhError(
+            f"{path} cannot be read as a trace, a recording or a .npy file of page numbers: {error}"
+        ) from None
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
         raise DmhError(f"{path} is not a trace: it must hold one array of one dimension of whole numbers")
     if array.dtype.kind == "i" and len(array) and int(array.min()) < 0:

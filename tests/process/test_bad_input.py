@@ -47,7 +47,7 @@ class TestSettings:
             ("memory.limit=8MiB", r"memory\.limit.*at most region\.size"),
             ("memory.limit=7 pages", r"memory\.limit"),
             ("memory.limit=28KiB", r"memory\.limit.*at least 8 pages"),
-            ("memory.low=0.95", r"memory\.low.*below memory\.high"),
+            ("memory.low=0.99", r"memory\.low.*below memory\.high"),
             ("region.size=65TiB", r"region\.size.*at most 64TiB"),
             ("region.page_size=5000", r"region\.page_size.*power of two"),
             ("evictor.policy=lru", r"evictor\.policy.*fifo, idle-walk"),
@@ -62,7 +62,7 @@ class TestSettings:
 
     def test_every_problem_is_told_at_once(self) -> None:
         with pytest.raises(ConfigError) as caught:
-            settings("memory.low=0.95", "store.url=nothing:x", "evictor.policy=lru")
+            settings("memory.low=0.99", "store.url=nothing:x", "evictor.policy=lru")
         assert len(caught.value.problems) == 3
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:

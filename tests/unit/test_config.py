@@ -83,15 +83,16 @@ def test_defaults() -> None:
     config = loads(MINIMAL)
     assert config.model_dump() == {
         "region": {"name": "dmh", "size": 1 << 30, "page_size": 4096, "seal": False, "fork": "auto"},
-        "memory": {"limit": 64 << 20, "high": 0.94, "low": 0.88},
+        "memory": {"limit": 64 << 20, "high": 0.98, "low": 0.88},
         "workers": {"resolvers": 2, "inline": True, "spin_us": "auto", "cpus": "auto"},
-        "evictor": {"policy": "auto", "idle": "buffer", "buffer": 0.04, "batch": 256},
+        "evictor": {"policy": "auto", "idle": "auto", "buffer": 0.02, "mark_budget": 0.1, "batch": 256},
         "prefetch": {"enabled": True, "window": "4MiB"},
         "store": {"url": "file:///var/tmp/x", "timeout": 30.0, "on_failure": "wait", "encrypt": "none"},
         "service": {"grace": 5.0, "grace_launcher": 600.0, "metrics": "off"},
+        "record": {"file": "", "max_size": 1 << 30},
     }
     assert POLICIES == ("auto", "clock", "duel", "fifo", "idle-walk", "lirs", "pgr", "random", "s3fifo")
-    assert IDLE_SOURCES == ("buffer",)
+    assert IDLE_SOURCES == ("auto", "page_idle", "unmap", "buffer", "none")
 
 
 def test_every_setting_can_be_written() -> None:
@@ -261,7 +262,7 @@ def test_a_fraction_is_taken_as_its_decimal_digits() -> None:
         ("region", "page_size: 12KiB", "region.page_size: must be a power of two"),
         ("region", "seal: 1", "region.seal: must be true or false, is 1"),
         ("memory", "high: 1.5", "memory.high: must be a fraction above 0 and up to 1, a size such as 80KiB, or a page"),
-        ("memory", "low: 0.95", "memory.low: must be below memory.high (0.94 by default), is 0.95"),
+        ("memory", "low: 0.99", "memory.low: must be below memory.high (0.98 by default), is 0.99"),
         ("memory", "high: 0.5", "memory.low: must be below memory.high (0.5), is 0.88 by default: set memory.low"),
         ("workers", "resolvers: 0", "workers.resolvers: must be an integer from 1 to 64, is 0"),
         ("workers", "resolvers: 65", "workers.resolvers: must be an integer from 1 to 64, is 65"),
@@ -287,7 +288,7 @@ def test_a_fraction_is_taken_as_its_decimal_digits() -> None:
             "policy: 1",
             "evictor.policy: must be one of auto, clock, duel, fifo, idle-walk, lirs, pgr, random, s3fifo, is 1",
         ),
-        ("evictor", "idle: page_idle", "evictor.idle: must be one of buffer, is 'page_idle'"),
+        ("evictor", "idle: idle", "evictor.idle: must be one of auto, page_idle, unmap, buffer, none, is 'idle'"),
         ("evictor", "batch: 4097", "evictor.batch: must be an integer from 1 to 4096, is 4097"),
         ("evictor", "buffer: 0.5", "evictor.buffer: must be below 0.5 of memory.limit, is 0.5"),
         ("prefetch", "enabled: 'no'", "prefetch.enabled: must be true or false, is 'no'"),
@@ -330,7 +331,7 @@ def test_the_largest_region() -> None:
 
 def test_unknown_sections() -> None:
     told = problems(MINIMAL + "wrokers: {resolvers: 900}\nlimit: 5\nmemory.limit: 5\nzzz:\n1: 2\n")
-    allowed = "allowed sections: region, memory, workers, evictor, prefetch, store, service"
+    allowed = "allowed sections: region, memory, workers, evictor, prefetch, store, service, record"
     assert told == [
         f"c.yaml:7: wrokers: unknown section, did you mean workers? {allowed}",
         f"c.yaml:8: limit: unknown section, did you mean memory.limit? {allowed}",
@@ -645,7 +646,7 @@ def test_the_schema_describes_every_setting() -> None:
             assert "type" in setting or "anyOf" in setting, (name, key)
     settings_of = {name: section["properties"] for name, section in schema["$defs"].items()}
     assert settings_of["EvictorConfig"]["policy"]["enum"] == list(POLICIES)
-    assert settings_of["MemoryConfig"]["high"]["default"] == 0.94
+    assert settings_of["MemoryConfig"]["high"]["default"] == 0.98
     assert settings_of["PrefetchConfig"]["window"]["default"] == "4MiB"
 
 
@@ -666,9 +667,9 @@ def test_check_shows_what_the_settings_come_to(tmp_path: Path, capsys: pytest.Ca
     assert err == ""
     rows = dict(line.split(maxsplit=1) for line in out.splitlines()[:-1])
     assert rows["region.size"].split(maxsplit=1) == ["1GiB", "262,144 pages = 1 GiB"]
-    assert rows["memory.limit"].split(maxsplit=1) == ["1MiB", "256 pages = 1 MiB, 246 of them for resident pages"]
-    assert rows["memory.high"].split(maxsplit=1) == ["0.94", "240 pages = 960 KiB: eviction starts"]
-    assert rows["prefetch.window"].split(maxsplit=1) == ["4MiB", "30 pages = 120 KiB ahead at most"]
+    assert rows["memory.limit"].split(maxsplit=1) == ["1MiB", "256 pages = 1 MiB, 251 of them for resident pages"]
+    assert rows["memory.high"].split(maxsplit=1) == ["0.98", "250 pages = 1000 KiB: eviction starts"]
+    assert rows["prefetch.window"].split(maxsplit=1) == ["4MiB", "31 pages = 124 KiB ahead at most"]
     assert rows["store.url"] == "redis://:***@h/0"
     assert rows["store.timeout"] == "30s"
     assert len(rows) == sum(len(section) for section in loads(MINIMAL).model_dump().values())

@@ -44,8 +44,8 @@ def refused(configuration: Config) -> list[str]:
         (8, 1, 7, 7, 6, 0, 1),
         (9, 1, 8, 8, 7, 1, 1),
         (16, 1, 15, 15, 14, 1, 1),
-        (100, 4, 96, 94, 88, 12, 4),
-        (262144, 10485, 251659, 246415, 230686, 1024, 256),
+        (100, 2, 98, 98, 88, 12, 2),
+        (262144, 5242, 256902, 256901, 230686, 1024, 256),
     ],
 )
 def test_defaults(limit: int, buffer: int, resident_max: int, high: int, low: int, window: int, batch: int) -> None:
@@ -55,7 +55,7 @@ def test_defaults(limit: int, buffer: int, resident_max: int, high: int, low: in
 
 def test_the_references_thresholds() -> None:
     limits = Limits.of(config(40 * 4096, high="20 pages", low="10 pages", buffer="20 pages", batch=64))
-    assert limits == Limits(limit=40, buffer=20, resident_max=20, high=20, low=10, window=2, batch=20)
+    assert limits == Limits(limit=40, buffer=20, resident_max=20, high=20, low=10, window=2, batch=20, adaptive=False)
     limits = Limits.of(config("32KiB", high="4 pages", low="2 pages"))
     assert (limits.high, limits.low) == (4, 2)
 

@@ -234,7 +234,9 @@ def test_an_empty_choice_when_it_knows_nothing(name: str) -> None:
 
 def test_events_have_the_numbers_of_the_native_module() -> None:
     assert {event.name: int(event) for event in Event} == {
-        name.removeprefix("DMH_EV_"): getattr(lib, name) for name in dir(lib) if name.startswith("DMH_EV_")
+        name.removeprefix("DMH_EV_"): getattr(lib, name)
+        for name in dir(lib)
+        if name.startswith("DMH_EV_") and name != "DMH_EV_NEW"  # in rings only
     }
 
 

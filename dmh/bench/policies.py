@@ -1,0 +1,227 @@
+"""What eviction policies cost on the live system, beside what the simulator says of the same accesses.
+
+    zipf       pages by Zipf's law, exponent 0.99
+    hot-scan   every other page from a hot tenth, the others scan the rest in a loop
+    loop       one loop over everything
+    sort       array.sort() of all words, mixed up
+    pagerank   rounds of rank'[v] = the mean of rank over 16 neighbours of v, popular vertices in most lists
+
+The first three are lists of pages that a C loop touches.  Sort and PageRank are NumPy programs; what they touch is
+recorded first (`record.file`), with so little local memory that nearly every change of page is a fault.  Each runs with
+25 and 50 % of its pages local, read-ahead off, everything in the store at the start, under FIFO and under the default
+policy; `simulated` is `dmh simulate`'s replay of the list or recording, memory.limit being all it has.
+
+Figures are hard faults a thousand accesses, and of each live run the faults that waited for an eviction, a thousand
+faults.  The last lines are the geometric means over all cases.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dmh.bench.rows import Progress, Row
+from dmh.bench.subject import MismatchError, Options, service
+from dmh.bench.work import address, touch_at
+from dmh.config.model import EvictorConfig
+from dmh.evict.policies import policy_class
+from dmh.observe.trace import read_trace
+from dmh.region.region import Region
+from dmh.simulate.generators import make_trace
+from dmh.simulate.replay import replay
+
+PAGES, QUICK_PAGES = 4096, 512
+SHARES = (0.25, 0.5)
+ACCESSES = 16
+"""A page, on average, of the lists."""
+RECORDING_SHARE = 1 / 16
+NEIGHBOURS, ROUNDS = 16, 3
+
+Words = npt.NDArray[np.uint64]
+Trace = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Something that uses pages.
+
+    Attributes:
+        pages: of its array.
+        fill: puts content into the array.
+        run: uses it.
+        accesses: the pages that `run` uses, in order; None: to be recorded.
+    """
+
+    name: str
+    pages: int
+    fill: Callable[[Words], None]
+    run: Callable[[Words], None]
+    accesses: Trace | None = None
+
+
+def run(options: Options, progress: Progress) -> list[Row]:
+    """Rows of every workload."""
+    pages = QUICK_PAGES if options.quick else PAGES
+    rows: list[Row] = []
+    ratios: dict[str, list[float]] = {}
+    default = _default_policy()
+    for workload in workloads(pages, options.page_size):
+        if options.quick and workload.name not in ("zipf", "sort"):
+            continue
+        accesses = workload.accesses
+        if accesses is None:
+            progress(f"policies {workload.name}: recording")
+            accesses = record(options, workload)
+        for share in SHARES:
+            case = f"{workload.name} {share:.0%}"
+            found: dict[str, float] = {}
+            for subject, policy in (("fifo", "fifo"), ("default", default)):
+                progress(f"policies {case}: {policy}")
+                live = measure(options, workload, share, policy)
+                found[subject] = 1000 * live.hard / len(accesses)
+                simulated = simulate(accesses, workload.pages, share, policy, accessed=live.accessed)
+                found[f"{subject}, simulated"] = 1000 * simulated / len(accesses)
+                waits = 1000 * live.waits / max(live.faults, 1)
+                rows.append(_row(case, subject, "waits a 1000 faults", waits))
+            rows += [
+                _row(case, name, "hard faults a 1000 accesses", value, found["fifo"]) for name, value in found.items()
+            ]
+            for subject in ("fifo", "default"):
+                ratios.setdefault(f"{subject} / simulated", []).append(found[subject] / found[f"{subject}, simulated"])
+            ratios.setdefault("default / fifo", []).append(found["default"] / found["fifo"])
+    for name, values in ratios.items():
+        rows.append(_row("all", name, "hard faults, geometric mean", float(np.exp(np.mean(np.log(values))))))
+    return rows
+
+
+def _row(case: str, subject: str, metric: str, value: float, fifo: float | None = None) -> Row:
+    ratio = None if fifo is None or subject == "fifo" else value / fifo
+    return Row("policies", case, subject, metric, "", value, value, 1, ratio, None if ratio is None else "fifo")
+
+
+def _default_policy() -> str:
+    return EvictorConfig().policy
+
+
+# ---- running live
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """Counts of one live run, and whether its idle source told of uses."""
+
+    hard: int
+    faults: int
+    waits: int
+    accessed: bool
+
+
+def measure(options: Options, workload: Workload, share: float, policy: str) -> Live:
+    """Run a workload with a share of its pages local."""
+    limit = int(workload.pages * share) * options.page_size
+    with _filled(options, workload, limit, f"evictor.policy={policy}") as (region, array):
+        before = region.stats()
+        workload.run(array)
+        after = region.stats()
+    counts = {name: after.counters[name] - before.counters[name] for name in ("hard", "faults", "room_waits")}
+    return Live(counts["hard"], counts["faults"], counts["room_waits"], after.idle in ("unmap", "page_idle"))
+
+
+def record(options: Options, workload: Workload) -> Trace:
+    """The pages that a program uses, as recorded with little local memory."""
+    limit = max(int(workload.pages * RECORDING_SHARE), 16) * options.page_size
+    with tempfile.TemporaryDirectory(prefix="dmh-bench-") as directory:
+        path = Path(directory) / "trace"
+        with _filled(options, workload, limit, "evictor.policy=fifo", f"record.file={path}") as (region, array):
+            first = region.offset_of(array) // options.page_size
+            began = region.stats().counters["faults"]
+            workload.run(array)
+        return (read_trace(path).accesses()[began:] - first).astype(np.uint64)
+
+
+@contextmanager
+def _filled(options: Options, workload: Workload, limit: int, *settings: str) -> Iterator[tuple[Region, Words]]:
+    size = workload.pages * options.page_size
+    with service(options, size=2 * size, limit=limit, prefetch=False, more=settings) as region:
+        array = region.empty(size // 8, "u8")
+        workload.fill(array)
+        region.evict(array)
+        yield region, array
+
+
+def simulate(accesses: Trace, pages: int, share: float, policy: str, *, accessed: bool) -> int:
+    """Hard faults of the same accesses by the simulator."""
+    limit = int(pages * share)
+    return replay(policy_class(policy)(pages, limit, accessed=accessed), accesses, pages, limit).hard
+
+
+# ---- the workloads
+
+
+def workloads(pages: int, page_size: int) -> Iterator[Workload]:
+    """All of them, over about so many pages."""
+    for name, trace in (("zipf", "zipf"), ("hot-scan", "scan-with-hot-set"), ("loop", "loop")):
+        accesses = make_trace(trace, pages)[: ACCESSES * pages]
+        yield Workload(name, pages, _mixed, _toucher(accesses, page_size), accesses)
+    yield Workload("sort", pages, _mixed, _sort)
+    yield page_rank(pages, page_size)
+
+
+def _mixed(array: Words) -> None:
+    step = 1 << 16
+    for first in range(0, len(array), step):
+        numbers = np.arange(first, min(first + step, len(array)), dtype=np.uint64)
+        array[first : first + step] = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+
+
+def _toucher(accesses: Trace, page_size: int) -> Callable[[Words], None]:
+    offsets = accesses * np.uint64(page_size)
+
+    def run(array: Words) -> None:
+        touch_at(address(array), offsets)
+
+    return run
+
+
+def _sort(array: Words) -> None:
+    array.sort()
+    for first in range(0, len(array) - 1, 1 << 16):
+        part = array[first : first + (1 << 16) + 1]
+        if (part[:-1] > part[1:]).any():
+            raise MismatchError("what was sorted is not in order: pages came back with other bytes")
+
+
+def page_rank(pages: int, page_size: int) -> Workload:
+    """Ranks of vertices, 8 bytes each, two arrays; neighbours, 8 bytes each."""
+    words = page_size // 8
+    vertices = pages * words // (NEIGHBOURS + 2)
+    vertices -= vertices % words
+    weights = np.cumsum(1.0 / np.arange(1, vertices + 1) ** 0.9)
+
+    def fill(array: Words) -> None:
+        rng = np.random.default_rng(5)
+        array[: 2 * vertices] = 1 << 32
+        # Popular vertices are neighbours in memory, as where a graph is ordered by degree.
+        for first in range(0, vertices, 4096):
+            n = min(4096, vertices - first)
+            picked = np.searchsorted(weights, rng.random(n * NEIGHBOURS) * weights[-1])
+            at = 2 * vertices + first * NEIGHBOURS
+            array[at : at + n * NEIGHBOURS] = np.minimum(picked, vertices - 1)
+
+    def run(array: Words) -> None:
+        here, there = array[:vertices], array[vertices : 2 * vertices]
+        edges = array[2 * vertices : (2 + NEIGHBOURS) * vertices]
+        for _ in range(ROUNDS):
+            for first in range(0, vertices, 256):
+                n = min(256, vertices - first)
+                near = edges[first * NEIGHBOURS : (first + n) * NEIGHBOURS]
+                there[first : first + n] = here[near].reshape(n, NEIGHBOURS).sum(axis=1) // NEIGHBOURS
+            here, there = there, here
+
+    return Workload("pagerank", pages, fill, run)
