@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dmh.errors import RegionError
@@ -28,7 +29,8 @@ class Service:
         self.all: list[Client] = []
         self.extents = Extents(pages)
         self.ledger = Ledger()
-        self.pool = self.children = self
+        self.pool = self.children = self.table = self
+        self.advice = np.zeros(pages, np.uint8)
         self.asked: list[tuple[str, dict[str, Any], Any]] = []
         self.replies: list[tuple[Client, dict[str, Any]]] = []
         self.holdings = Holdings(self, self)  # type: ignore[arg-type]
