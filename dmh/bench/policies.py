@@ -72,7 +72,7 @@ def run(options: Options, progress: Progress) -> list[Row]:
     ratios: dict[str, list[float]] = {}
     default = _default_policy()
     for workload in workloads(pages, options.page_size):
-        if options.quick and workload.name not in ("zipf", "sort"):
+        if options.quick and workload.name != "zipf":
             continue
         accesses = workload.accesses
         if accesses is None:

@@ -163,7 +163,6 @@ class Lpet:
         raw.high = max(min(self._high, int(raw.resident_max) - room), 2)
         depth = min(max(room, self._batch), max(room, (int(raw.resident_max) - self._low) // 4))
         raw.low = min(max(self._low, int(raw.high) - depth), int(raw.high) - 1)
-        raw.keep = room // 2
 
     def evict(self, pages: Pages) -> Pages:
         """Move these pages out now, whatever the policy thinks of them; returns those that the store did not take."""
