@@ -197,8 +197,8 @@ class Evictor:
 
 
 def _reserve(resident_max: int, low: int) -> Reserve:
-    """From 1/256 of the memory to half of what lies above the low threshold: then runs end above it, too."""
-    return Reserve(least=max(resident_max // 256, 1), most=max((resident_max - low) // 2, 1))
+    """From 1/256 of the memory to most of what lies above the low threshold: then runs end above it, too."""
+    return Reserve(least=max(resident_max // 256, 1), most=max((resident_max - low) * 3 // 4, 1))
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ REGION_PAGES_MAX = 2**32 - 2
 # Fewer leave no room for one instruction's pages (a copy between two unaligned operands touches four) next to the
 # victim buffer, the page being fetched and the one on its way out.
 LIMIT_PAGES_MIN = 8
+# The default victim buffer has at least so many slots, or a sixteenth of the limit.
+BUFFER_PAGES = 64
 # What a victim buffer of an explicit size must leave to the program.
 RESIDENT_PAGES_MIN = 2
 
@@ -60,8 +62,13 @@ class Limits:
             return amount.whole_pages(limit, page_size)
 
         buffer = max(1, pages(config.evictor.buffer))
+        if "buffer" not in config.evictor.model_fields_set:
+            # Two hundredths of little memory would have pages leave in batches too small to keep up with faults.
+            buffer = max(buffer, min(BUFFER_PAGES, limit // 16))
         resident_max = limit - buffer
         high = max(2, pages(config.memory.high))
+        if "high" not in config.memory.model_fields_set:
+            high = min(high, resident_max)
         # Two fractions may round to one page number; what was written apart stays apart.
         low = max(1, min(pages(config.memory.low), high - 1))
         # A window below one page (1 MiB of 2 MiB pages) still means that reading ahead is wanted.

@@ -64,7 +64,7 @@ def load_trace(path: Path) -> Trace:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DmhError(
-            f"{path} cannot be read as a trace, a recording or a .npy file of page numbers: {error}"
+            f"{path} cannot be read as a trace, a .npy file of page numbers or a recording: {error}"
         ) from None
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
         raise DmhError(f"{path} is not a trace: it must hold one array of one dimension of whole numbers")

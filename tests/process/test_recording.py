@@ -39,7 +39,7 @@ def test_every_fault_is_in_the_recording_with_its_class_and_thread(open_region: 
     region.discard(array[8:16])
     region.close()
     trace = read_trace(path)
-    assert (trace.header["page_size"], trace.header["limit"], trace.header["policy"]) == (4096, 64, "fifo")
+    assert (trace.header["page_size"], trace.header["limit"], trace.header["policy"]) == (4096, 64, "auto")
     records = trace.records
     came_in = records[np.isin(records["kind"], CAME_IN)]
     assert (came_in["page"] - first).tolist() == order + order

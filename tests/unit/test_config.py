@@ -667,9 +667,9 @@ def test_check_shows_what_the_settings_come_to(tmp_path: Path, capsys: pytest.Ca
     assert err == ""
     rows = dict(line.split(maxsplit=1) for line in out.splitlines()[:-1])
     assert rows["region.size"].split(maxsplit=1) == ["1GiB", "262,144 pages = 1 GiB"]
-    assert rows["memory.limit"].split(maxsplit=1) == ["1MiB", "256 pages = 1 MiB, 251 of them for resident pages"]
-    assert rows["memory.high"].split(maxsplit=1) == ["0.98", "250 pages = 1000 KiB: eviction starts"]
-    assert rows["prefetch.window"].split(maxsplit=1) == ["4MiB", "31 pages = 124 KiB ahead at most"]
+    assert rows["memory.limit"].split(maxsplit=1) == ["1MiB", "256 pages = 1 MiB, 240 of them for resident pages"]
+    assert rows["memory.high"].split(maxsplit=1) == ["0.98", "240 pages = 960 KiB: eviction starts"]
+    assert rows["prefetch.window"].split(maxsplit=1) == ["4MiB", "30 pages = 120 KiB ahead at most"]
     assert rows["store.url"] == "redis://:***@h/0"
     assert rows["store.timeout"] == "30s"
     assert len(rows) == sum(len(section) for section in loads(MINIMAL).model_dump().values())

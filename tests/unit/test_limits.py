@@ -44,7 +44,7 @@ def refused(configuration: Config) -> list[str]:
         (8, 1, 7, 7, 6, 0, 1),
         (9, 1, 8, 8, 7, 1, 1),
         (16, 1, 15, 15, 14, 1, 1),
-        (100, 2, 98, 98, 88, 12, 2),
+        (100, 6, 94, 94, 88, 11, 6),
         (262144, 5242, 256902, 256901, 230686, 1024, 256),
     ],
 )
@@ -84,7 +84,7 @@ def test_the_window() -> None:
     assert Limits.of(config(1 << 30, window="10 pages")).window == 10
     assert Limits.of(config(1 << 30, window=40 * KIB + 1)).window == 10
     assert Limits.of(config(1 << 30, window="10 pages", enabled=False)).window == 0
-    assert Limits.of(config(100 * 4096, window="50 pages")).window == 12
+    assert Limits.of(config(100 * 4096, window="50 pages")).window == 11
     # 1 MiB of 2 MiB pages: reading ahead is on, so it is one page.
     assert Limits.of(config(1 << 30, window=1 << 20, page_size=2 << 20)).window == 1
 

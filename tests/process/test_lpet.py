@@ -1,0 +1,104 @@
+"""LPET on the live system: every idle source keeps the pages that are used, no write is lost while pages are marked and
+evicted, and faults do not wait for evictions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from regions import inside
+
+import dmh
+from dmh.cli.main import main
+from dmh.errors import KernelError
+from dmh.evict.idle import choose_source
+
+OpenRegion = Callable[..., dmh.Region]
+
+
+@pytest.fixture(params=["page_idle", "unmap", "buffer", "none"])
+def idle(request: pytest.FixtureRequest) -> str:
+    try:
+        return choose_source(str(request.param), 4096)
+    except KernelError as error:
+        pytest.skip(str(error))
+
+
+def test_no_write_is_lost_while_pages_are_marked_and_evicted(open_region: OpenRegion, idle: str) -> None:
+    """Every page is added to again and again, in another order each time, with a quarter of them local."""
+    region = open_region(
+        f"evictor.idle={idle}", "evictor.policy=idle-walk", "memory.limit=512KiB", "evictor.mark_budget=1"
+    )
+    array = region.empty((512, 512), "u8")
+    array[:] = np.arange(512)[:, None]
+    rng = np.random.default_rng(7)
+    for _ in range(12):
+        for page in rng.permutation(512).tolist():
+            array[page] += 1
+    assert (array == np.arange(512)[:, None] + 12).all()
+    stats = region.stats()
+    assert stats.idle == idle
+    assert stats.counters["evicted"] > 1000
+    if idle != "none":
+        assert stats.counters["marked"] > 500
+    with inside(region) as look:
+        look.validate()
+
+
+def test_pages_in_use_stay_where_use_is_told(open_region: OpenRegion, idle: str) -> None:
+    """A hot sixth of memory is used between the steps of a long scan: the cyclic walk spares it, if it can know."""
+    if idle == "none":
+        pytest.skip("nothing tells of use")
+    region = open_region(
+        f"evictor.idle={idle}", "evictor.policy=idle-walk", "memory.limit=1MiB", "evictor.buffer=64 pages", "evictor.mark_budget=1",
+        "prefetch.enabled=false",
+    )  # fmt: skip
+    array = region.empty((1024, 4096), "u1")
+    array[:] = 1
+    region.evict(array)
+    before = region.stats().counters["hard"]
+    for page in range(40, 1024):
+        assert array[page, 0] == 1
+        if page % 8 == 0:
+            assert array[:40, 0].sum() == 40
+    hard = region.stats().counters["hard"] - before
+    # Without marks the hot pages leave once in each round of memory: 4 rounds of 40 on top of the scan.
+    assert hard < (1024 - 40) + 40 + 60
+
+
+def test_a_source_that_is_not_there_is_refused_at_the_start(open_region: OpenRegion) -> None:
+    try:
+        choose_source("page_idle", 4096)
+    except KernelError:
+        with pytest.raises(KernelError, match=r"evictor\.idle=page_idle.*CONFIG_IDLE_PAGE_TRACKING"):
+            open_region("evictor.idle=page_idle")
+    else:
+        assert open_region("evictor.idle=page_idle").stats().idle == "page_idle"
+
+
+def test_thresholds_follow_the_fault_rate_where_they_are_fractions(open_region: OpenRegion) -> None:
+    region = open_region("memory.limit=1MiB", "prefetch.enabled=false")
+    first = region.stats()
+    array = region.empty((1024, 4096), "u1")
+    array[:] = 1
+    busy = region.stats()
+    assert busy.high < first.high
+    assert busy.low < busy.high
+    fixed = open_region("memory.limit=1MiB", "memory.high=240 pages", "memory.low=200 pages")
+    other = fixed.empty((1024, 4096), "u1")
+    other[:] = 1
+    after = fixed.stats()
+    assert (after.high, after.low) == (240, 200)
+
+
+def test_bench_policies_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "policies", "--quick", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    simulated = {row["case"]: row["median"] for row in rows if row["subject"] == "default, simulated"}
+    live = {row["case"]: row["median"] for row in rows if row["subject"] == "default" and "hard" in row["metric"]}
+    assert set(live) == set(simulated) == {"zipf 50%"}
+    for case, value in live.items():
+        assert value == pytest.approx(simulated[case], rel=0.25)
