@@ -73,7 +73,9 @@ class RedisStore(Store):
 
     @classmethod
     def open(cls, spec: StoreSpec, descriptors: Sequence[int]) -> RedisStore:
-        return cls(spec)  # connects at the first request: a worker that is replaced while the server is away comes up
+        store = cls(spec)
+        store._link.call("PING")  # connects, and so learns which process the server is
+        return store
 
     @classmethod
     def remove(cls, spec: StoreSpec) -> None:
