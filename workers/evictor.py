@@ -5,6 +5,7 @@
     above the high threshold: mark and evict until the low one      dmh.evict.lpet, with the policy and the idle source
     mark what the policy will want to know of, within the budget
     answer requests: discard, evict, flush, pin, unpin
+    bring back what programs could not get during an outage         dmh.evict.heal
     record what came in, where a recording is wanted               dmh.observe.trace
 
 It is the only process that takes pages out of the region and the only one that writes to the DMS, all in one thread:
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from dmh.evict import unmap as unmapping
 from dmh.evict.budget import MarkBudget
+from dmh.evict.heal import Healer
 from dmh.evict.idle import open_source
 from dmh.evict.leave import Leaver
 from dmh.evict.lpet import Lpet
@@ -52,12 +54,12 @@ class Evictor:
         self.worker, self.table = worker, worker.table
         self.store = worker.open_store()
         recover(worker, self.store)
-        pipe = worker.pipe_out, worker.pipe_in
+        pipe, retry = (worker.pipe_out, worker.pipe_in), worker.retry()
         unmapper = Unmapper(worker.context) if unmapping.probe() is None else None
         self.leaver = Leaver(
-            self.table, worker.context, setup.number, worker.slots, pipe, self.store, worker.retry(),
-            lambda: list(worker.programs), unmapper,
+            self.table, worker.context, setup.number, worker.slots, pipe, self.store, retry, unmapper
         )  # fmt: skip
+        self.healer = Healer(self.table, worker.context, self.store, retry)
         if setup.restarted:
             self.leaver.distrust()  # the store may have been restarted as well, and who would have noticed is dead
         self.recording = TraceWriter(**setup.record, resume=setup.restarted) if setup.record else None
@@ -98,13 +100,15 @@ class Evictor:
             self._answer_requests()
             self.lpet.learn()
             short = self.lpet.run(lambda: not stopping.is_set())
+            if self.healer.due:
+                self.healer.run()
             self.lpet.mark_ahead()
             if short:
                 lib.dmh_wait_bell(raw, raw.bell, max(BUSY_MS, min(self.leaver.rest_ms, AWAY_MS)))
-            elif self.requests.empty() and not self.lpet.due():
+            elif self.requests.empty() and not self.lpet.due() and not self.healer.ready:
                 pause = min(self.leaver.rest_ms, IDLE_MS) or IDLE_MS
-                if not lib.dmh_wait_bell(raw, seen, pause) and self.leaver.tidy():
-                    self.lpet.resync()
+                if not lib.dmh_wait_bell(raw, seen, pause):
+                    self.leaver.tidy()
 
     def _answer_requests(self) -> None:
         for _ in range(self.requests.qsize()):

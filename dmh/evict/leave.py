@@ -8,10 +8,8 @@ after a new one.  Nothing here waits for a store that does not answer: what coul
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from dmh.lspt.states import Copy, State
 from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
-from dmh.store.base import Found, OpenStore, PageBytes
+from dmh.store.base import OpenStore
 from dmh.store.retry import Retry
 
 log = logging.getLogger("dmh")
@@ -53,7 +51,6 @@ class Leaver:
         pipe: tuple[int, int],
         store: OpenStore,
         retry: Retry,
-        views: Callable[[], list[int]],
         unmapper: Unmapper | None,
     ) -> None:
         self._table = table
@@ -64,7 +61,6 @@ class Leaver:
         self._pipe_bytes = lib.dmh_pipe_bytes(self._pipe_in)
         self._store = store
         self._retry = retry
-        self._views = views
         self._unmapper = unmapper
         self._rotor = 0
         self._epoch: str | None = None
@@ -246,7 +242,7 @@ class Leaver:
             captured, slots = self._capture(part)
             done.append(self._write_out(captured, slots, keep=True))
             if len(captured):
-                lib.dmh_take_back(self._context, ffi.from_buffer("uint64_t[]", captured), len(captured), 0)
+                lib.dmh_take_back(self._context, ffi.from_buffer("uint64_t[]", captured), len(captured))
                 self._write_out(captured[(self._table.words[captured] & 15) == State.STAGED])
         return np.setdiff1d(todo, np.concatenate(done))
 
@@ -283,57 +279,18 @@ class Leaver:
         """Write whatever is in the victim buffer, if the store takes it."""
         self._write_out(self._table.in_state(State.STAGED))
 
-    def tidy(self) -> bool:
-        """When there is nothing else to do: after an outage, write what it kept here and bring back what programs could
-        not get; and forget in the DMS what has become all zeros since it was written.
-
-        Returns whether pages have become resident that nobody has asked for.
+    def tidy(self) -> None:
+        """When there is nothing else to do: after an outage, write what it kept here; and forget in the DMS what has
+        become all zeros since it was written.
         """
         if self._retry.resting:
-            return False
+            return
         if self._retry.since:
             self.write_staged()
         if self._retry.since and not self._retry.resting:
             with contextlib.suppress(StoreError):
                 self._retry.attempt("asking the store", self._store.epoch)
         self._delete(np.flatnonzero(self._table.copies == Copy.STALE).astype(np.uint64))
-        return self._heal()
-
-    def _heal(self) -> bool:
-        """Pages that raise SIGBUS only because the store was away when they were asked for: now it may have them."""
-        poisoned = self._table.in_state(State.POISONED)
-        healed = False
-        for page in poisoned[(self._table.words[poisoned] >> np.uint64(11)) & np.uint64(1) == 1]:
-            pages, content = np.array([page], np.uint64), np.empty((1, self._table.page_size), np.uint8)
-            try:
-                if self._retry.resting:
-                    break
-                found = self._retry.attempt("fetching a page again", lambda: self._store.get_many(pages, content))  # noqa: B023
-            except StoreError:
-                break
-            healed |= self._heal_one(int(page), content if found[0] == Found.THERE else None)
-        return healed
-
-    def _heal_one(self, page: int, content: PageBytes | None) -> bool:
-        """Put the content in through every program's mapping, for each has its own mark.
-
-        A mark goes when content is put in through that mapping while the page is absent.  So between two mappings
-        the page goes to the victim buffer, as in any eviction: what a program has written to it meanwhile stays.
-        """
-        first, *others = [*self._views(), 0][: max(len(self._views()), 1)]
-        data = ffi.NULL if content is None else ffi.from_buffer("uint8_t[]", content)
-        result = lib.dmh_heal(self._context, page, data, first)
-        if result == -errno.EILSEQ:
-            log.error("page %d is lost: the store is back, but not with what was stored", page)
-        if result <= 0:
-            return False
-        for view in others:
-            for _ in range(100):  # somebody may be using it
-                moved, _ = self._capture(np.array([page], np.uint64))
-                if len(moved) and lib.dmh_take_back(self._context, ffi.from_buffer("uint64_t[]", moved), 1, view):
-                    break
-        log.warning("page %d can be used again: the store is back", page)
-        return True
 
     def _delete(self, pages: Pages) -> None:
         if not len(pages) or self._retry.resting:

@@ -15,7 +15,7 @@ from dmh.errors import StoreError
 from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
 from dmh.native import ffi, lib
-from dmh.store.base import OpenStore
+from dmh.store.base import Mask, OpenStore
 from dmh.store.retry import Retry, Stopped
 from dmh.wire import Request
 
@@ -68,8 +68,8 @@ class Resolver:
                     return
                 continue
             if claimed > 0:
-                if plan.stored_n and not self._fetch(plan.stored_n):
-                    lib.dmh_give_back(self._context, plan)
+                if plan.stored_n and not self._fetch():
+                    lib.dmh_give_back(self._context, plan, 0)
                     return
                 lib.dmh_install(self._context, plan, self._buffer_pointer, self._chunk)
             if plan.lost_n:
@@ -83,22 +83,34 @@ class Resolver:
             page += request.stride * plan.looked
             window -= plan.looked
 
-    def _fetch(self, n: int) -> bool:
+    def _fetch(self) -> bool:
         """RequestPageFromDMS for every claimed page that is stored: one batched call.  False: given up, the service
         ends.
         """
-        pages, out = self._stored[:n], self._buffer[:n]
+        plan = self._plan
+
+        def request() -> Mask:
+            return self._store.get_many(self._stored[: plan.stored_n], self._buffer[: plan.stored_n])
+
         try:
-            found = self._retry.call("fetching pages", lambda: self._store.get_many(pages, out))
+            found = self._retry.call("fetching pages", request, self._let_go_of_the_window)
         except Stopped:
             return False
         except StoreError as error:
-            log.error("pages %d.. of region %s cannot be had: %s", int(pages[0]), self._region, error)
-            found = np.full(n, lib.DMH_LOST_AWAY, np.uint8)
-        self._found[:n] = found
+            if plan.stored_n:
+                log.error("page %d of region %s cannot be had: %s", int(self._stored[0]), self._region, error)
+            found = np.full(plan.stored_n, lib.DMH_LOST_AWAY, np.uint8)
+        self._found[: len(found)] = found
         self._table.count(self._number, "fetch_calls")
         lib.dmh_step(self._context, NUMBERS["fetched"])
         return True
+
+    def _let_go_of_the_window(self) -> bool:
+        """Give back what nobody waits for: others may touch it meanwhile, and a store that fails must not cost more
+        than one page.  False: nothing is left to fetch.
+        """
+        lib.dmh_give_back(self._context, self._plan, self._plan.demand)
+        return bool(self._plan.stored_n)
 
     def _report_lost(self) -> None:
         why = {

@@ -10,7 +10,8 @@ A word is 64 bits:
     bit  11      FETCHING: the content has to come from the DMS, so that a claim given up leads back to STORED;
                  POISONED: the DMS did not answer, and may have the content yet
     bits 12..31  slot + 1 in the victim buffer (STAGED, and FETCHING while the slot is the only copy), else 0
-    bits 32..63  generation: one more at every transition, so that a word is never seen twice (no ABA)
+    bit  32      FETCHING, EVICTING: programs' mappings carry the mark that raises SIGBUS, or some of them do
+    bits 33..63  generation: one more at every transition, so that a word is never seen twice (no ABA)
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.NEW: frozenset({State.FETCHING}),
     State.STORED: frozenset({State.FETCHING, State.NEW}),
     State.FETCHING: frozenset({State.RESIDENT, State.NEW, State.STORED, State.STAGED, State.POISONED}),
-    State.RESIDENT: frozenset({State.EVICTING, State.POISONED}),
+    State.RESIDENT: frozenset({State.EVICTING}),
     State.EVICTING: frozenset({State.STAGED, State.STORED, State.NEW, State.RESIDENT, State.POISONED}),
     State.STAGED: frozenset({State.FETCHING, State.STORED, State.NEW}),
     State.POISONED: frozenset({State.FETCHING, State.NEW}),
@@ -77,7 +78,8 @@ class Advice(enum.IntEnum):
 
 
 STATE_BITS, WORKER_BITS, SLOT_BITS = 4, 7, 20
-WORKER_SHIFT, FROM_STORE_SHIFT, SLOT_SHIFT, GENERATION_SHIFT = 4, 11, 12, 32
+WORKER_SHIFT, FROM_STORE_SHIFT, SLOT_SHIFT, MARKED_SHIFT, GENERATION_SHIFT = 4, 11, 12, 32, 33
+GENERATIONS = 1 << (64 - GENERATION_SHIFT)
 
 
 class Word(NamedTuple):
@@ -96,7 +98,7 @@ def unpack(word: int) -> Word:
         State(word & ((1 << STATE_BITS) - 1)),
         (word >> WORKER_SHIFT) & ((1 << WORKER_BITS) - 1),
         slot - 1 if slot else None,
-        (word >> GENERATION_SHIFT) & 0xFFFFFFFF,
+        word >> GENERATION_SHIFT,
     )
 
 
@@ -106,7 +108,7 @@ def pack(state: State, worker: int = 0, slot: int | None = None, generation: int
         int(state)
         | worker << WORKER_SHIFT
         | (0 if slot is None else slot + 1) << SLOT_SHIFT
-        | (generation & 0xFFFFFFFF) << GENERATION_SHIFT
+        | generation % GENERATIONS << GENERATION_SHIFT
     )
 
 

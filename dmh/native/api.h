@@ -36,7 +36,7 @@ struct dmh_shared {
     uint32_t parked;            /* futex: 1 + the worker that has stopped there */
     uint32_t stop;              /* set once: nobody waits any more */
     uint32_t events_lost;       /* a ring was full: LPET must look at the table */
-    uint32_t poison_works;      /* UFFDIO_POISON is there */
+    uint32_t heal_due;          /* a page is POISONED only because the DMS did not answer, or one was: the evictor looks */
     uint32_t pids[72];          /* per worker: its process; 0: there is none now */
     uint64_t store_away[72];    /* per worker: since when the store fails it, CLOCK_MONOTONIC; 0: it does not */
     uint64_t dispatched[72];    /* per resolver: messages sent to it */
@@ -108,6 +108,7 @@ uint64_t dmh_reserve(struct dmh_shared *s, uint64_t wanted);
 void     dmh_release(struct dmh_shared *s, uint64_t n);
 int      dmh_wait_room(struct dmh_ctx *c, int ahead, int timeout_ms);
 int      dmh_room_wanted(struct dmh_shared *s);
+void     dmh_want_room(struct dmh_ctx *c, int wanted);
 void     dmh_ring_bell(struct dmh_shared *s);
 int      dmh_wait_bell(struct dmh_shared *s, uint32_t seen, int timeout_ms);
 void     dmh_stop(struct dmh_shared *s);
@@ -210,10 +211,10 @@ struct dmh_plan {
     uint32_t looked;            /* steps of the window that were claimed or need nothing; the rest found no room */
     uint64_t page[1024];
     uint64_t word[1024];        /* the claim: the word as this worker left it */
-    uint8_t  kind[1024];        /* DMH_NEW, DMH_STORED, DMH_STAGED: what it was */
+    uint8_t  kind[1024];        /* DMH_NEW, DMH_STORED, DMH_STAGED, DMH_POISONED: what it was */
     uint64_t stored[1024];      /* page numbers to fetch */
     uint8_t  found[1024];       /* filled in by the store: 1 row i of the buffer holds stored[i], 0 it has no such page, 2 it is damaged, 3 no answer */
-    uint64_t lost[8];           /* out: pages that were found missing or altered */
+    uint64_t lost[8];           /* out: pages that raise SIGBUS from now on */
     uint8_t  lost_why[8];       /* DMH_LOST_... */
     uint32_t lost_n;
 };
@@ -225,8 +226,12 @@ struct dmh_plan {
 #define DMH_LOST_AWAY 3         /* not lost: the store does not answer; also as found[] of every row */
 int      dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window);
 int      dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, uint32_t chunk);
-void     dmh_give_back(struct dmh_ctx *c, struct dmh_plan *p);
-int      dmh_poison(struct dmh_ctx *c, uint64_t page, uint64_t word);
+void     dmh_give_back(struct dmh_ctx *c, struct dmh_plan *p, uint32_t keep);
+
+/* ---- pages that raise SIGBUS ---- */
+
+uint64_t dmh_withheld(struct dmh_ctx *c, uint64_t *out, uint64_t max);
+int      dmh_heal(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint8_t found, const uint8_t *content);
 
 /* ---- evictor: capture ---- */
 
@@ -244,8 +249,7 @@ int      dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const 
                     uint64_t *sums, int keep);
 int      dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint32_t *slots, const uint64_t *sums,
                          int keep);
-int      dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t through);
-int      dmh_heal(struct dmh_ctx *c, uint64_t page, const uint8_t *content, uint32_t through);
+int      dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n);
 int      dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *busy);
 
 /* ---- eviction policies: decisions only; dmh/evict/policies/ has the algorithms ---- */

@@ -27,7 +27,7 @@ def generated_header() -> str:
     lines += [f"#define DMH_ADVICE_{a.name} {int(a)}" for a in states.Advice]
     lines += [
         f"#define DMH_{n} {getattr(states, n)}"
-        for n in ("WORKER_SHIFT", "FROM_STORE_SHIFT", "SLOT_SHIFT", "GENERATION_SHIFT")
+        for n in ("WORKER_SHIFT", "FROM_STORE_SHIFT", "SLOT_SHIFT", "MARKED_SHIFT", "GENERATION_SHIFT")
     ]
     lines += [f"#define DMH_{n} {getattr(states, n)}" for n in ("STATE_BITS", "WORKER_BITS", "SLOT_BITS")]
     lines += [f"#define DMH_C_{name.upper()} {i}" for i, name in enumerate(names.COUNTERS)]

@@ -147,8 +147,7 @@ int dmh_capture(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_byte
                     dmh_wake_pages(c, pages[i + j], 1);
                     continue;
                 }
-                punch(c, pages[i + j] * size, size);
-                dmh_poison(c, pages[i + j], word[j]);
+                poison(c, pages[i + j], word[j], 0);
                 dmh_release(c->s, 1);
                 count(c, DMH_C_POISONED, 1);
                 outcome[i + j] = DMH_OUT_LOST;
@@ -264,11 +263,8 @@ int dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const 
     return stored;
 }
 
-/*
- * Bring staged pages back into the region where there is room, as after a flush; through this view (0: any program's).  Returns how many came
- * back.
- */
-int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t through)
+/* Bring staged pages back into the region where there is room, as after a flush.  Returns how many came back. */
+int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n)
 {
     const uint64_t size = c->s->page_size;
     int back = 0;
@@ -287,7 +283,7 @@ int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t
         pthread_rwlock_rdlock(&c->lock);
         struct view *v = own_view(c);
         for (uint32_t k = 0; k < c->nviews; k++)
-            if (through ? c->views[k].id == through : !c->views[k].own)
+            if (!c->views[k].own)
                 v = &c->views[k]; /* map it where it is used */
         enum verdict r = fill(c, v, pages[i] * size, size, c->slots_base + (uint64_t)slot * size, 0);
         if (r == V_GONE)
@@ -308,61 +304,6 @@ int dmh_take_back(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t
     return back;
 }
 
-/*
- * A page that raises SIGBUS because the store was away: `content` is what the store has now (NULL: not there, or damaged).  1: it is RESIDENT, put
- * in through this view (0: this process's own), whose mark is gone.  0: it is in another state by now.  -EAGAIN: no room.  -EILSEQ: it is not what
- * was stored, and lost for good.
- */
-int dmh_heal(struct dmh_ctx *c, uint64_t page, const uint8_t *content, uint32_t through)
-{
-    const uint64_t size = c->s->page_size;
-    uint64_t w = LOAD(&c->words[page]);
-    if (word_state(w) != DMH_POISONED || !word_from_store(w))
-        return 0;
-    enter(c);
-    if (!dmh_reserve(c->s, 1)) {
-        leave(c);
-        return -EAGAIN;
-    }
-    if (!move_word(c, page, &w, DMH_FETCHING, c->worker, -1)) {
-        dmh_release(c->s, 1);
-        leave(c);
-        return 0;
-    }
-    leave(c);
-    if (!content || dmh_hash(content, size) != LOAD(&c->sums[page])) {
-        enter(c);
-        dmh_poison(c, page, w);
-        dmh_release(c->s, 1);
-        leave(c);
-        return -EILSEQ;
-    }
-    pthread_rwlock_rdlock(&c->lock);
-    struct view *own = own_view(c), *v = through ? find_view(c, through) : own;
-    enum verdict r = fill(c, v ? v : own, page * size, size, content, 0);
-    if (r == V_GONE)
-        r = fill(c, own, page * size, size, content, 0);
-    if (r != V_DONE)
-        dmh_die("no memory for page %llu although the limit allows it: lower memory.limit", (unsigned long long)page);
-    enter(c);
-    move_word(c, page, &w, DMH_RESIDENT, 0, -1);
-    leave(c);
-    wake_others(c, NULL, page, 1);
-    pthread_rwlock_unlock(&c->lock);
-    return 1;
-}
-
-/* A poisoned page's marks must go before it can be NEW: filling heals a mapping, but only while the page is absent. */
-static void unmark(struct dmh_ctx *c, uint64_t page)
-{
-    pthread_rwlock_rdlock(&c->lock);
-    for (uint32_t i = 0; i < c->nviews; i++) {
-        fill(c, &c->views[i], page << c->s->page_shift, c->s->page_size, NULL, 0);
-        punch(c, page << c->s->page_shift, c->s->page_size);
-    }
-    pthread_rwlock_unlock(&c->lock);
-}
-
 static void no_longer_wanted(struct dmh_ctx *c, uint64_t page)
 {
     if (c->copies[page] != DMH_COPY_NONE)
@@ -370,8 +311,8 @@ static void no_longer_wanted(struct dmh_ctx *c, uint64_t page)
 }
 
 /*
- * Give up the content of pages first .. first + n - 1: NEW.  Pages that a resolver is fetching are listed in busy[] (room for n):
- * call again for them.  Returns how many.
+ * Give up the content of pages first .. first + n - 1: NEW.  Pages that a resolver is fetching, and poisoned ones that there is no room to heal, are
+ * listed in busy[] (room for n): call again for them.  Returns how many.
  */
 int dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *busy)
 {
@@ -388,9 +329,11 @@ int dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *busy)
             busy[nbusy++] = page++;
             break;
         case DMH_POISONED:
-            unmark(c, page);
-            if (move_word(c, page, &w, DMH_NEW, 0, -1))
-                no_longer_wanted(c, page++);
+            if (discard_poisoned(c, page, w))
+                gone++;
+            else
+                busy[nbusy++] = page;
+            page++;
             break;
         case DMH_STORED:
         case DMH_STAGED:

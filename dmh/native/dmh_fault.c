@@ -24,7 +24,7 @@ static void add(struct dmh_plan *p, uint64_t page, uint64_t word, uint8_t kind)
     p->page[p->n] = page;
     p->word[p->n] = word;
     p->kind[p->n++] = kind;
-    if (kind == DMH_STORED)
+    if (kind == DMH_STORED || kind == DMH_POISONED)
         p->stored[p->stored_n++] = page;
 }
 
@@ -71,16 +71,31 @@ int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t wo
     return 1;
 }
 
-/* A fault on a page that is not to be claimed: wake, or raise what must be raised. */
+/* No UFFDIO_POISON here: better the whole process than one wrong byte. */
+static void end_faulting_process(struct dmh_ctx *c, const struct dmh_plan *p)
+{
+    pthread_rwlock_rdlock(&c->lock);
+    struct view *v = find_view(c, p->view);
+    if (v && !v->own)
+        kill(v->pid ? v->pid : (int)p->thread, SIGBUS); /* 0: a forked child; its threads know it */
+    pthread_rwlock_unlock(&c->lock);
+}
+
+/* A fault on a page that is not to be claimed: wake, or raise what must be raised.  The caller has entered. */
 static void answer_unclaimed(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page)
 {
     uint64_t w = LOAD(&c->words[page]);
     if (word_state(w) == DMH_POISONED) {
-        dmh_poison(c, page, w); /* a process that joined later does not have the mark yet */
+        /* A program that joined later does not have the mark yet.  Claimed meanwhile: it must not be healed while it is being marked. */
+        if (move_word(c, page, &w, DMH_FETCHING, c->worker, -1) && poison(c, page, w, word_from_store(w)) < 0)
+            end_faulting_process(c, p);
     } else if (word_state(w) == DMH_RESIDENT) {
         if (!page_is_present(c, page << c->s->page_shift, c->s->page_size) && LOAD(&c->words[page]) == w) {
             /* Only madvise(MADV_REMOVE) or fallocate from outside dmh can do this: its content is gone. */
-            if (dmh_poison(c, page, w) == 0) {
+            int r = poison(c, page, w, 0);
+            if (r != -ESTALE) {
+                if (r < 0)
+                    end_faulting_process(c, p);
                 dmh_release(c->s, 1);
                 count(c, DMH_C_POISONED, 1);
                 p->lost[p->lost_n] = page;
@@ -166,11 +181,13 @@ static void give_back_one(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i)
     dmh_wake_pages(c, p->page[i], 1);
 }
 
-void dmh_give_back(struct dmh_ctx *c, struct dmh_plan *p)
+/* Give up all claims but the first `keep` (0, or 1: the demand page). */
+void dmh_give_back(struct dmh_ctx *c, struct dmh_plan *p, uint32_t keep)
 {
-    for (uint32_t i = 0; i < p->n; i++)
+    for (uint32_t i = keep; i < p->n; i++)
         give_back_one(c, p, i);
-    p->n = 0;
+    p->n = keep < p->n ? keep : p->n;
+    p->stored_n = p->n && p->kind[0] == DMH_STORED;
 }
 
 static void lose(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint8_t why)
@@ -183,15 +200,9 @@ static void lose(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint8_t why)
     int r = poison(c, p->page[i], p->word[i], why == DMH_LOST_AWAY);
     dmh_release(c->s, 1);
     leave(c);
-    count(c, DMH_C_POISONED, 1);
-    if (r < 0) {
-        /* No UFFDIO_POISON here: better the whole process than one wrong byte. */
-        pthread_rwlock_rdlock(&c->lock);
-        struct view *v = find_view(c, p->view);
-        if (v)
-            kill(v->pid ? v->pid : (int)p->thread, SIGBUS); /* 0: a forked child; its threads know it */
-        pthread_rwlock_unlock(&c->lock);
-    }
+    count(c, why == DMH_LOST_AWAY ? DMH_C_WITHHELD : DMH_C_POISONED, 1);
+    if (r < 0)
+        end_faulting_process(c, p);
 }
 
 /* Say on standard error which pages an installation has lost, where Python is not there to do it. */
@@ -227,7 +238,9 @@ static void publish(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint32_t 
         note_latency(c, p->ns);
     }
     uint32_t ahead = k - (demand ? 1 : 0);
-    if (ahead) {
+    if (p->kind[i] == DMH_POISONED) {
+        count(c, DMH_C_HEALED, k);
+    } else if (ahead) {
         count(c, DMH_C_PREFETCHED, ahead);
         if (p->kind[i] == DMH_NEW)
             count(c, DMH_C_PREFETCHED_NEW, ahead);
@@ -237,7 +250,7 @@ static void publish(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint32_t 
 /*
  * Check and install every claimed page: zeros for new ones, the slot's content for staged ones, the buffer's rows for fetched
  * ones (found[] says which rows are filled).  At most `chunk` pages in one call, so that the faulting thread starts early.
- * Missing or altered pages are poisoned and listed in lost[].
+ * Missing or altered pages are poisoned and listed in lost[]; of those that the DMS did not answer for, only the one that somebody waits for.
  */
 int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, uint32_t chunk)
 {
@@ -248,7 +261,7 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
         const uint8_t *from = NULL;
         if (p->kind[i] == DMH_STAGED) {
             from = c->slots_base + (uint64_t)claimed_slot(p, i) * size;
-        } else if (p->kind[i] == DMH_STORED) {
+        } else if (p->kind[i] == DMH_STORED || p->kind[i] == DMH_POISONED) {
             uint32_t good = 0;
             for (; good < k; good++)
                 if (p->found[row + good] != 1 || dmh_hash(buffer + (row + good) * size, size) != LOAD(&c->sums[p->page[i + good]]))
@@ -283,6 +296,9 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
             v = own;
             r = fill(c, v, offset, k * size, from, 0);
         }
+        for (uint32_t j = i; j < i + k && r == V_DONE; j++)
+            if (word_marked(p->word[j]))
+                unmark(c, p->page[j]);
         if (r == V_DONE)
             publish(c, p, i, k, v);
         pthread_rwlock_unlock(&c->lock);
@@ -324,7 +340,7 @@ int bring_ahead(struct dmh_ctx *c, struct dmh_request *r)
             continue;
         }
         if (p->stored_n && dmh_fetch_pages(c->store_fd, c->store_index, p->stored, p->stored_n, size, c->window_buffer, p->found, 0) < 0) {
-            dmh_give_back(c, p);
+            dmh_give_back(c, p, 0);
             return 0;
         }
         dmh_install(c, p, c->window_buffer, DMH_CHUNK > size ? (uint32_t)(DMH_CHUNK / size) : 1);

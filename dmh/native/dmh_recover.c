@@ -99,8 +99,7 @@ static void settle_eviction(struct dmh_ctx *c, uint64_t page, uint64_t word)
         set(c, page, word, DMH_RESIDENT, 0, -1);
     } else {
         /* Something outside dmh had removed its memory: found by the dead worker, not yet said. */
-        punch(c, offset, size);
-        dmh_poison(c, page, word);
+        poison(c, page, word, 0);
         count(c, DMH_C_POISONED, 1);
     }
 }
@@ -194,7 +193,9 @@ int64_t dmh_recover(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t *part
         drain(pipe_out);
     for (uint64_t page = 0; page < s->pages; page++) {
         uint64_t word = LOAD(&c->words[page]);
-        if (mine(c, word, DMH_EVICTING))
+        if (word_marked(word) && (mine(c, word, DMH_EVICTING) || mine(c, word, DMH_FETCHING)))
+            settle_marked(c, page, word);
+        else if (mine(c, word, DMH_EVICTING))
             settle_eviction(c, page, word);
         else if (mine(c, word, DMH_FETCHING) && settle_claim(c, page, word) && n < max)
             partial[n++] = page;
@@ -205,6 +206,7 @@ int64_t dmh_recover(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t *part
     STORE(&s->completed[c->worker], LOAD(&s->dispatched[c->worker]));
     for (uint32_t w = 1; c->worker == 0 && w < s->workers; w++)
         STORE(&s->dispatched[w], LOAD(&s->completed[w]) + LOAD(&dmh_lane_of(s, w)->head) - LOAD(&dmh_lane_of(s, w)->tail));
+    STORE(&s->heal_due, 1u);    /* it may have died before it could say so */
     STORE(&s->events_lost, 1u); /* LPET may not have heard of a page that became RESIDENT */
     count(c, DMH_C_RESTARTS, 1);
     thaw(c);
@@ -223,8 +225,7 @@ int dmh_install_rest(struct dmh_ctx *c, uint64_t page, const uint8_t *content)
     if (good && fill(c, own_view(c), page * size, size, content, 1) == V_DONE) {
         set(c, page, word, DMH_RESIDENT, 0, -1);
     } else {
-        punch(c, page * size, size);
-        dmh_poison(c, page, word);
+        poison(c, page, word, 0);
         dmh_release(c->s, 1);
         count(c, DMH_C_POISONED, 1);
     }

@@ -172,6 +172,9 @@ int dmh_room_wanted(struct dmh_shared *s)
     return 0;
 }
 
+/* Evictor: it wants room itself, for pages that it heals; LPET then makes some. */
+void dmh_want_room(struct dmh_ctx *c, int wanted) { STORE(&post_of(c->s, c->worker)->waits, (uint32_t)wanted); }
+
 /* Wait until there may be room; `ahead`: for a window, which has less.  1: look again; 0: timed out or stopping. */
 int dmh_wait_room(struct dmh_ctx *c, int ahead, int timeout_ms)
 {

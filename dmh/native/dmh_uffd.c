@@ -434,29 +434,3 @@ int page_is_present(struct dmh_ctx *c, uint64_t offset, uint64_t bytes)
         return lseek(c->region_fd, (off_t)offset, SEEK_DATA) == (off_t)offset;
     return pages_present(c, offset, bytes) == bytes / DMH_KERNEL_PAGE;
 }
-
-/* Access to the page raises SIGBUS from now on, in every process.  The caller holds the claim `word`. */
-int dmh_poison(struct dmh_ctx *c, uint64_t page, uint64_t word) { return poison(c, page, word, 0); }
-
-/* away: the DMS has it, as far as anybody knows, but does not answer; the evictor heals it when it does. */
-int poison(struct dmh_ctx *c, uint64_t page, uint64_t word, int away)
-{
-    int r = 0;
-    uint64_t offset = page << c->s->page_shift, bytes = c->s->page_size;
-    if (word_state(word) == DMH_FETCHING || word_state(word) == DMH_RESIDENT || word_state(word) == DMH_EVICTING)
-        if (!CAS(&c->words[page], &word, next_word(page, word, DMH_POISONED, 0, -1) | (uint64_t)away << DMH_FROM_STORE_SHIFT))
-            return -ESTALE;
-    pthread_rwlock_rdlock(&c->lock);
-    for (uint32_t i = 0; i < c->nviews; i++) {
-        struct view *v = &c->views[i];
-        struct poison_request k = { .range = { v->base + offset, bytes } };
-        if (v->own)
-            continue;
-        /* EAGAIN: a fork is under way; whoever touches the page asks again, and is given the mark then. */
-        if (ioctl(v->uffd, IOC_POISON, &k) < 0 && errno != EEXIST && errno != ENOENT && errno != ESRCH && errno != EAGAIN)
-            r = -errno;
-        wake_view(v, offset, bytes);
-    }
-    pthread_rwlock_unlock(&c->lock);
-    return r;
-}

@@ -33,6 +33,8 @@ static inline uint32_t word_worker(uint64_t w) { return (w >> DMH_WORKER_SHIFT) 
 static inline int32_t word_slot(uint64_t w) { return (int32_t)((w >> DMH_SLOT_SHIFT) & ((1u << DMH_SLOT_BITS) - 1)) - 1; }
 /* of a FETCHING page: its content has to come from the DMS; of a POISONED one: the DMS was away, and may have it */
 static inline int word_from_store(uint64_t w) { return (w >> DMH_FROM_STORE_SHIFT) & 1; }
+/* of a FETCHING or EVICTING page: programs' mappings carry the mark that raises SIGBUS, or some of them do */
+static inline int word_marked(uint64_t w) { return (w >> DMH_MARKED_SHIFT) & 1; }
 static inline uint32_t word_generation(uint64_t w) { return (uint32_t)(w >> DMH_GENERATION_SHIFT); }
 
 static inline uint64_t now_ns(void)
@@ -105,9 +107,10 @@ static inline uint64_t next_word(uint64_t page, uint64_t w, uint32_t state, uint
     if (!(dmh_legal[word_state(w)] & (1u << state)))
         dmh_die("page %llu cannot go from %s to %s: this is a defect in dmh", (unsigned long long)page,
                 dmh_state_name[word_state(w)], dmh_state_name[state]);
-    uint64_t from_store = state == DMH_FETCHING && (word_state(w) == DMH_STORED || word_state(w) == DMH_POISONED);
-    return (uint64_t)state | from_store << DMH_FROM_STORE_SHIFT | (uint64_t)worker << DMH_WORKER_SHIFT | (uint64_t)(uint32_t)(slot + 1) << DMH_SLOT_SHIFT |
-           (uint64_t)(word_generation(w) + 1) << DMH_GENERATION_SHIFT;
+    uint64_t marked = state == DMH_FETCHING && word_state(w) == DMH_POISONED;
+    uint64_t from_store = state == DMH_FETCHING && (word_state(w) == DMH_STORED || (marked && word_from_store(w)));
+    return (uint64_t)state | from_store << DMH_FROM_STORE_SHIFT | marked << DMH_MARKED_SHIFT | (uint64_t)worker << DMH_WORKER_SHIFT |
+           (uint64_t)(uint32_t)(slot + 1) << DMH_SLOT_SHIFT | (uint64_t)(word_generation(w) + 1) << DMH_GENERATION_SHIFT;
 }
 
 /* Compare-and-swap one page's word; on success *w is the new word, on failure the one found. */
@@ -185,6 +188,9 @@ enum verdict { V_DONE, V_RETRY, V_EXISTS, V_GONE, V_NOMEM, V_BAD };
 enum verdict uffd_verdict(int error);
 enum verdict fill(struct dmh_ctx *c, struct view *v, uint64_t offset, uint64_t bytes, const uint8_t *from, int resume);
 int poison(struct dmh_ctx *c, uint64_t page, uint64_t word, int away);
+void unmark(struct dmh_ctx *c, uint64_t page);
+int discard_poisoned(struct dmh_ctx *c, uint64_t page, uint64_t word);
+void settle_marked(struct dmh_ctx *c, uint64_t page, uint64_t word);
 int punch(struct dmh_ctx *c, uint64_t offset, uint64_t bytes);
 void wake_view(struct view *v, uint64_t offset, uint64_t bytes);
 void open_for_looking(struct dmh_ctx *c, struct view *v);

@@ -44,6 +44,8 @@ COUNTERS: dict[str, str] = {
     "late": "messages for a page that was on its way ahead of use: asked for before it was delivered",
     "ahead_used": "pages of read-ahead windows that a scan has passed, by its next fault",
     "ahead_wasted": "pages of read-ahead windows whose scan did not go on",
+    "withheld": "pages that raise SIGBUS because the store did not answer in time, until it does",
+    "healed": "of the withheld, pages that can be used again",
 }
 """Counter name -> what it counts."""
 

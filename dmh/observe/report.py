@@ -146,7 +146,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "taken_back",
         ),
     ),
-    ("other", ("discarded", "deleted", "store_retries", "poisoned", "intruded", "refused")),
+    ("other", ("discarded", "deleted", "store_retries", "poisoned", "withheld", "healed", "intruded", "refused")),
 )
 
 

@@ -80,13 +80,18 @@ class Retry:
         self.since, self.reason, self._pause = 0.0, "", FIRST_PAUSE
         self.on_outage(0.0)
 
-    def call(self, doing: str, function: Callable[[], T]) -> T:
-        """The function's result, however many attempts it takes."""
+    def call(self, doing: str, function: Callable[[], T], on_failure: Callable[[], bool] = lambda: True) -> T:
+        """The function's result, however many attempts it takes.
+
+        `on_failure` is called after each that failed, and says whether anybody still needs the result.
+        """
         began = time.monotonic()
         while True:
             try:
                 return self.attempt(doing, function)
             except StoreError as error:
+                if not on_failure():
+                    raise
                 if self.is_over(began):
                     self._forget()  # nobody waits any more: whether the store is back shows at the next request
                     raise

@@ -45,7 +45,8 @@ LIMITS = (
 
 def test_every_step_is_tried() -> None:
     tried = {*FAULT_STEPS, *POOL_STEPS, *EVICTION_STEPS, "copied_partly", "discarding"}
-    assert tried == set(STEPS)
+    elsewhere = {"marking", "healing"}  # test_healing.py
+    assert tried | elsewhere == set(STEPS)
 
 
 class Program:

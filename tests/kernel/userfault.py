@@ -20,7 +20,7 @@ import pytest
 from dmh.native import check, ffi, lib
 
 PAGE = 4096
-COPY, ZEROPAGE, WAKE, POISON = 0xC028AA03, 0xC020AA04, 0x8010AA02, 0xC020AA08
+COPY, ZEROPAGE, WAKE, CONTINUE, POISON = 0xC028AA03, 0xC020AA04, 0x8010AA02, 0xC020AA07, 0xC020AA08
 FEATURE_POISON = 1 << 14
 MADV_DONTNEED, MADV_REMOVE, MADV_DONTFORK, MADV_PAGEOUT, MADV_COLLAPSE = 4, 9, 10, 21, 25
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -107,6 +107,10 @@ class View:
         if not self.features & FEATURE_POISON:
             pytest.skip("needs UFFDIO_POISON")
         return self._request(POISON, struct.pack("QQQq", self.base + page * PAGE, PAGE, 0, 0))
+
+    def map_present(self, page: int, count: int = 1) -> int:
+        """UFFDIO_CONTINUE: map pages that are in the file already."""
+        return self._request(CONTINUE, struct.pack("QQQq", self.base + page * PAGE, count * PAGE, 0, 0))
 
     def _request(self, request: int, argument: bytes) -> int:
         try:
