@@ -25,6 +25,7 @@ struct group {
     /* Pages that will be victims unless they turn out to be in use: drawn by `look`, so that it can ask about them. */
     uint32_t drawn[MOST_DRAWN], drawn_n, drawn_at;
     uint32_t spared;            /* drawn pages in use, since the last eviction */
+    int is_full;                /* something was evicted, and half of the quota has been in use since */
 };
 
 struct own {
@@ -100,14 +101,17 @@ static void add(struct dmh_policy *p, int g, int to_main, uint32_t page)
 static void unlist(struct dmh_policy *p, uint32_t page)
 {
     struct entry *e = &p->entry[page];
+    int g = GROUP_OF(e->list);
+    struct group *o = group(p, g);
     e->flags &= (uint8_t)~(DRAWN | TOUCHED);
     if (IS_MAIN(e->list)) {
-        struct pool *main = &group(p, GROUP_OF(e->list))->main;
+        struct pool *main = &o->main;
         uint32_t last = main->at[--main->count];
         main->at[p->second[page].next] = last;
         p->second[last].next = p->second[page].next;
     }
     take_out(p, page);
+    o->is_full &= 2 * count_of(p, g) >= o->quota;
 }
 
 /* A page that had been here before was missing: the leaders' score.  Pages read ahead are missing just as much. */
@@ -133,7 +137,7 @@ static void arrive(struct dmh_policy *p, uint32_t page, uint32_t kind)
     if (kind == DMH_EV_FAULT)
         score(p, page);
     int ghost = e->stamp && (uint32_t)o->clock - e->stamp <= 2 * p->tuning[GHOST_WINDOW] * o->quota;
-    int filling = count_of(p, g) < o->quota && p->list[PROBATION(g)].count >= p->tuning[PROBATION_SHARE] * o->quota;
+    int filling = !o->is_full && p->list[PROBATION(g)].count >= p->tuning[PROBATION_SHARE] * o->quota;
     warm(p, o, e, e->stamp != 0);
     add(p, g, ghost || filling || kind == DMH_EV_SOFT, page);
 }
@@ -236,6 +240,7 @@ static void evict(struct dmh_policy *p, struct choice *c, int g, uint32_t page)
     e->flags &= (uint8_t)~ABOUT_MARKS;
     e->stamp = tick(group(p, g));
     group(p, g)->spared = 0;
+    group(p, g)->is_full = 1;
     choose_page(c, page);
 }
 

@@ -12,6 +12,7 @@ enum { AT_START, GHOST_WINDOW, SAMPLE, FADES_OVER, LEAST, MOST }; /* p->tuning *
 struct own {
     struct pool main;
     double target;              /* of probation, in pages */
+    int is_full;                /* something was evicted, and half of memory has been in use since */
     uint64_t clock;             /* counts evictions; its low half is a page's stamp */
 };
 
@@ -35,7 +36,7 @@ static void arrive(struct dmh_policy *p, uint32_t page, uint32_t kind)
         o->target += e->flags & FROM_MAIN ? -1 : 1;
         o->target = fmin(fmax(o->target, p->tuning[LEAST] * p->limit), p->tuning[MOST] * p->limit);
     }
-    int filling = p->known < p->limit && p->list[PROBATION].count >= o->target;
+    int filling = !o->is_full && p->list[PROBATION].count >= o->target;
     if (ghost || filling || kind == DMH_EV_SOFT)
         pool_add(p, &o->main, MAIN, page);
     else
@@ -50,6 +51,7 @@ static void unlist(struct dmh_policy *p, uint32_t page)
         pool_take_out(p, &own(p)->main, page);
     else
         take_out(p, page);
+    own(p)->is_full &= p->known >= p->limit / 2;
 }
 
 static void choose(struct dmh_policy *p, struct choice *c)
@@ -63,6 +65,7 @@ static void choose(struct dmh_policy *p, struct choice *c)
         e->flags = (uint8_t)(probation ? e->flags & ~FROM_MAIN : e->flags | FROM_MAIN);
         o->clock += (uint32_t)(o->clock + 1) ? 1 : 2; /* 0 stands for never */
         e->stamp = (uint32_t)o->clock;
+        o->is_full = 1;
         choose_page(c, page);
     }
 }
