@@ -6,7 +6,8 @@ ISCA 2007.
     one page in 64 (8 in a small memory), spread evenly, leads with CLOCK, one with random-coldest; both kinds of
     leaders have their share of M for themselves.  The rest follows the leaders to whom fewer pages come back of late.
 
-    arrive(p):  to main if p was evicted at most M / 4 evictions ago (or memory fills for the first time), else to probation
+    arrive(p):  to main if p was evicted at most M / 4 evictions ago, or while memory fills for the first time;
+                else to probation
                 heat[p] = faded(heat[p]) + 1, fading with eviction time (e^(-dt / 8M))
     victim, from the group that is furthest above its share:
         CLOCK:           the page that arrived first
