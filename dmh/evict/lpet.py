@@ -161,7 +161,7 @@ class Lpet:
         self._waits = waits
         room = self._reserve.pages
         raw.high = max(min(self._high, int(raw.resident_max) - room), 2)
-        depth = min(max(room, self._batch), max(room, (int(raw.resident_max) - self._low) // 4))
+        depth = max(room, min(self._batch, (int(raw.resident_max) - self._low) // 2))
         raw.low = min(max(self._low, int(raw.high) - depth), int(raw.high) - 1)
 
     def evict(self, pages: Pages) -> Pages:

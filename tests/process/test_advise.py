@@ -21,8 +21,10 @@ def stored(open_region: OpenRegion) -> tuple[dmh.Region, np.ndarray]:
     """An array whose pages are all in the store, and room for all of them."""
     region = open_region("memory.limit=4MiB", "prefetch.window=32 pages", "workers.resolvers=1")
     array = region.empty((PAGES, 4096), "u1")
+    region.advise(array, "random")  # so that no window is on its way when the pages are evicted
     array[:, 0] = np.arange(PAGES) % 251 + 1
     region.evict(array)
+    region.advise(array, "normal")
     return region, array
 
 
