@@ -24,6 +24,7 @@ from dmh.native import check, ffi, lib
 from dmh.prefetch.streams import Streams
 from dmh.service.channel import Message
 from dmh.service.paths import ServiceDirectory
+from dmh.service.placement import schedule
 from dmh.service.recovery import recover
 from dmh.service.worker import Worker
 from dmh.store.base import OpenStore
@@ -37,6 +38,7 @@ TIMEOUT_MS = 1000
 def main() -> None:
     """Run until told to stop."""
     worker = Worker("monitor")
+    schedule("monitor")
     setup, context = worker.setup, worker.context
     streams = Streams(setup.window)
     check(lib.dmh_ctx_watch(context, setup.follow, streams.pointer), "watching userfaultfds")

@@ -15,6 +15,7 @@ from dmh.errors import ProtocolError
 from dmh.fault.dispatch import Inbox
 from dmh.fault.resolve import Resolver
 from dmh.native import ffi, lib
+from dmh.service.placement import schedule
 from dmh.service.recovery import recover
 from dmh.service.worker import Worker
 from dmh.store.paged_file import PagedFile
@@ -26,6 +27,7 @@ DOZE_MS = 10
 def main() -> None:
     """Run until told to stop."""
     worker = Worker("resolver")
+    schedule("resolver")
     setup, table = worker.setup, worker.table
     store = worker.open_store()
     resolver = Resolver(table, worker.context, setup.number, setup.window, store, worker.retry(), setup.name)

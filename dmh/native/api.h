@@ -189,6 +189,7 @@ uint64_t dmh_streams_wasted(const struct dmh_streams *s);
 
 /* ---- monitor: receive ---- */
 
+int      dmh_schedule(int batch, uint32_t slice_us);
 struct dmh_lane *dmh_lane_of(struct dmh_shared *s, uint32_t worker);
 int      dmh_hand_over(struct dmh_ctx *c, struct dmh_request *r);
 int      dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_ms);

@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <stdarg.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
@@ -256,6 +257,21 @@ void dmh_free_slot(struct dmh_ctx *c, uint32_t slot)
 
 /* ---- lanes: the monitor hands requests to resolvers that are awake ---- */
 
+/* How this thread shares a processor: `batch`: being woken takes it from nobody; slice_us: asked for at a time.  -errno where the kernel refuses. */
+int dmh_schedule(int batch, uint32_t slice_us)
+{
+    struct { /* sched_attr, which older headers do not have */
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime, deadline, period;
+    } a = { .size = sizeof a, .policy = batch ? SCHED_BATCH : SCHED_OTHER, .runtime = slice_us * 1000ull };
+    errno = 0;
+    a.nice = getpriority(PRIO_PROCESS, 0);
+    return syscall(SYS_sched_setattr, 0, &a, 0u) < 0 ? -errno : 0;
+}
+
 struct dmh_lane *dmh_lane_of(struct dmh_shared *s, uint32_t worker)
 {
     return (struct dmh_lane *)((uint8_t *)s + s->lanes_at) + worker;
@@ -326,21 +342,13 @@ int dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_ms)
     struct dmh_shared *s = c->s;
     struct dmh_lane *lane = dmh_lane_of(s, c->worker);
     STORE(&lane->awake, 1u);
-    for (int resolved = 0; !LOAD(&s->stop);) {
+    while (!LOAD(&s->stop)) {
         uint64_t tail = lane->tail;
         if (LOAD(&lane->head) != tail) {
             *out = lane->entry[tail % 64];
             STORE(&lane->tail, tail + 1);
             if (!(out->demand ? !out->window && dmh_resolve_inline(c, out) : bring_ahead(c, out)))
                 return 1;
-            resolved = 1;
-        } else if (resolved) {
-            /*
-             * The thread that was woken may stand behind us on this processor.  Let it run first: when it faults again the
-             * monitor finds us on our feet, and neither it nor we pay for a sleep and a wake-up (a third of a fault's time).
-             */
-            sched_yield();
-            resolved = 0;
         } else if (!wait_for_lane(lane, doze_ms)) {
             __atomic_store_n(&lane->awake, 0u, __ATOMIC_SEQ_CST);
             if (__atomic_load_n(&lane->head, __ATOMIC_SEQ_CST) == lane->tail)
