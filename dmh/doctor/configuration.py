@@ -15,7 +15,8 @@ import numpy as np
 
 from dmh.config import Config, about, without_password
 from dmh.doctor.finding import Finding, Level
-from dmh.errors import ServiceError, StoreError
+from dmh.errors import KernelError, ServiceError, StoreError
+from dmh.evict.idle import choose_source
 from dmh.machine import kernel, memory
 from dmh.service.paths import check_length, running_services, service_directory
 from dmh.service.requirements import most_programs, needs
@@ -37,6 +38,11 @@ def findings(config: Config, file: str) -> Iterator[Finding]:
             f"pages of this size cannot be captured here: {os.strerror(error)}",
             "take smaller pages",
         )
+    try:
+        source = choose_source(config.evictor.idle, config.region.page_size)
+        yield Finding(group, "evictor.idle", source, Level.OK, f"what {config.evictor.idle} comes to here")
+    except KernelError as error:
+        yield Finding(group, "evictor.idle", config.evictor.idle, Level.BAD, str(error), "evictor.idle=auto")
     for need in needs(config):
         if need.missing:
             exact = "" if need.unit else f" ({need.missing:,} bytes)"

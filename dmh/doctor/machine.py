@@ -12,6 +12,7 @@ from pathlib import Path
 from dmh.config import about
 from dmh.doctor.finding import Finding, Level
 from dmh.errors import ServiceError
+from dmh.evict.idle import choose_source, page_idle, unmap
 from dmh.machine import kernel, limits, memory
 from dmh.service.launcher import PIPE_BYTES
 from dmh.service.paths import base_directory, check_private, running_services
@@ -28,6 +29,7 @@ def findings() -> Iterator[Finding]:
     yield from _kernel()
     yield from _memory()
     yield from _limits()
+    yield from _idle_sources()
     yield from _surroundings()
 
 
@@ -247,6 +249,20 @@ def _pipes(group: str) -> Iterator[Finding]:
         "hard limit); a pipe of one page is slower and works",
         "sysctl fs.pipe-max-size=1048576, or a larger fs.pipe-user-pages-soft" if less else "",
     )
+
+
+def _idle_sources() -> Iterator[Finding]:
+    """In the order in which `evictor.idle: auto` takes them."""
+    taken = choose_source("auto", 4096)
+    for name, reason, meaning in (
+        ("page_idle", page_idle.probe(), "the kernel's idle flags: a mark costs a program nothing"),
+        ("unmap", unmap.probe(4096), "a mark costs a program one minor fault, where it uses the page"),
+        ("buffer", None, "a mark moves the page to the victim buffer, from where a use brings it back"),
+    ):
+        used = ", used by evictor.idle=auto" if name == taken else ""
+        level = INFO if reason else LESS if used and name == "buffer" else OK
+        mend = f"for a better one: {unmap.probe(4096)}" if level == LESS else reason or ""
+        yield Finding("idle sources", name, ("no" if reason else "yes") + used, level, meaning, mend)
 
 
 def _surroundings() -> Iterator[Finding]:

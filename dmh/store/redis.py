@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -74,7 +75,8 @@ class RedisStore(Store):
     @classmethod
     def open(cls, spec: StoreSpec, descriptors: Sequence[int]) -> RedisStore:
         store = cls(spec)
-        store._link.call("PING")  # connects, and so learns which process the server is
+        with suppress(StoreUnavailable):  # a worker that is replaced while the server is away must come up all the same
+            store._link.call("PING")  # connects, and so learns which process the server is
         return store
 
     @classmethod

@@ -20,7 +20,7 @@ from store_servers import RedisServer
 import dmh
 
 OpenRegion = Callable[..., dmh.Region]
-GROUPS = ["userfaultfd", "kernel", "memory", "limits", "surroundings"]
+GROUPS = ["userfaultfd", "kernel", "memory", "limits", "idle sources", "surroundings"]
 MAIN = """
     from dmh.cli.main import main
     sys.exit(main(["doctor", *sys.argv[2:]]))
@@ -128,7 +128,7 @@ class TestConfiguration:
         status, findings = told("-c", str(file))
         assert status == 0, findings
         assert [f["name"] for f in findings if f["group"] == f"configuration {file}"] == [
-            "memory", "address space", "file size", "descriptors", "processes", "programs", "store",
+            "evictor.idle", "memory", "address space", "file size", "descriptors", "processes", "programs", "store",
         ]  # fmt: skip
         assert "written and read back" in named(findings, "store")["meaning"]
         assert list(tmp_path.iterdir()) == [file]
@@ -139,6 +139,13 @@ class TestConfiguration:
         assert re.search(r"✗ +memory +3\.\d+ TiB \([\d,]+", printed), printed
         assert re.search(r"✗ +store", printed), printed
         assert "cannot run here: memory, store" in printed
+
+    @pytest.mark.skipif(Path("/sys/kernel/mm/page_idle").exists(), reason="needs a kernel without idle page tracking")
+    def test_an_idle_source_that_is_not_there_is_told(self, file: Path) -> None:
+        status, findings = told("-c", str(file), "--set", "evictor.idle=page_idle")
+        assert status == 1
+        assert "CONFIG_IDLE_PAGE_TRACKING" in named(findings, "evictor.idle")["meaning"]
+        assert named(findings, "page_idle")["value"] == "no"
 
     def test_a_configuration_with_mistakes_is_told_as_ever(self, file: Path) -> None:
         status, printed = doctor("-c", str(file), "--set", "memory.limit=8MiB")
