@@ -243,6 +243,29 @@ class TestFollowed:
         assert not region.empty(region.size, "u1")[:: 50 * 4096].any(), "what it held is free when it is needed"
         wait_until(lambda: region.stats().programs == 1, "it is forgotten")
 
+    def test_the_evictor_looks_into_a_child_as_into_any_program(self, open_region: OpenRegion) -> None:
+        """A view that it cannot look into makes every page seem idle, or none: it must learn which process that is."""
+        try:
+            region = open_region("evictor.policy=idle-walk", "evictor.idle=unmap")
+        except dmh.DmhError as error:
+            pytest.skip(f"needs the idle source unmap: {error}")
+        array = filled(region, 20)
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            array[:, 0].sum()
+            signal.pause()
+        with inside(region) as look:
+            directory = Path(f"/proc/{look.workers['evictor'][0]}/fd")
+
+            def looks() -> bool:
+                links = [os.readlink(link) for link in directory.iterdir()]
+                return f"/proc/{child}/pagemap" in links
+
+            wait_until(looks, "the evictor has the child's page table in sight")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
     def test_a_sealed_mapping(self, open_region: OpenRegion) -> None:
         code = """
             import os, sys, dmh
