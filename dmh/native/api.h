@@ -170,6 +170,7 @@ int      dmh_follow_forks(void *base, uint64_t bytes);
 int      dmh_be_born(void *base, uint64_t bytes);
 int      dmh_birth_answer(int uffd, uint64_t base, uint64_t bytes, int refuse);
 int      dmh_view_is_gone(int uffd, uint64_t base);
+void     dmh_view_process(struct dmh_ctx *c, uint32_t id, int pid);
 int      dmh_next_birth(struct dmh_ctx *c, struct dmh_birth *out);
 
 /* ---- read-ahead: which pages a thread will want next ---- */

@@ -58,6 +58,18 @@ int dmh_view_is_gone(int uffd, uint64_t base)
     return ioctl(uffd, UFFDIO_COPY, &k) < 0 && errno == ESRCH;
 }
 
+/* A child that a view is of has said which process it is. */
+void dmh_view_process(struct dmh_ctx *c, uint32_t id, int pid)
+{
+    pthread_rwlock_wrlock(&c->lock);
+    struct view *v = find_view(c, id);
+    if (v && !v->pid) {
+        v->pid = pid;
+        open_for_looking(c, v);
+    }
+    pthread_rwlock_unlock(&c->lock);
+}
+
 /* ---- the monitor's: what it reads of births, until the launcher has been told.  Added under the lock for reading, taken under the one for writing */
 
 void note_birth(struct dmh_ctx *c, struct dmh_birth birth)

@@ -42,6 +42,8 @@ class Children:
             if parent is not None and not parent.pid:
                 parent.pid = int(message["pid"])
                 self._launcher.ledger.note("process", view=parent.view, pid=parent.pid, started=started(parent.pid))
+                named = {"op": "view-process", "view": parent.view, "pid": parent.pid}
+                self._launcher.pool.tell_all(named, lambda replies: None)
                 self._launcher.watch_process(parent)
             if parent is not None:
                 lib.dmh_birth_answer(parent.uffd, parent.base, self._size, False)

@@ -27,7 +27,7 @@ STOP_SECONDS = 5.0
 
 START_TRIES = 5
 PINS_PER_MESSAGE = 1000
-RESTORED = ("view-add", "view-remove", "unpin")
+RESTORED = ("view-add", "view-remove", "view-process", "unpin")
 """What a successor knows from the views and pins it is given; asking it again would do it twice."""
 
 Answer = Callable[[Message], None]

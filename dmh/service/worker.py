@@ -247,6 +247,11 @@ class Worker:
             self.programs.pop(message["view"], None)
             lib.dmh_view_remove(self.context, message["view"])
             return {}
+        if operation == "view-process":
+            _, base, uffd = self.programs[message["view"]]
+            self.programs[message["view"]] = message["pid"], base, uffd
+            lib.dmh_view_process(self.context, message["view"], message["pid"])
+            return {}
         if operation in self._handlers:
             return self._handlers[operation](message)
         raise ProtocolError(f"unknown control operation {operation!r}")

@@ -22,7 +22,7 @@ from dmh.native import check, ffi, lib
 PAGE = 4096
 COPY, ZEROPAGE, WAKE, CONTINUE, POISON = 0xC028AA03, 0xC020AA04, 0x8010AA02, 0xC020AA07, 0xC020AA08
 FEATURE_POISON = 1 << 14
-MADV_DONTNEED, MADV_REMOVE, MADV_DONTFORK, MADV_PAGEOUT, MADV_COLLAPSE = 4, 9, 10, 21, 25
+MADV_DONTNEED, MADV_REMOVE, MADV_DONTFORK, MADV_DOFORK, MADV_PAGEOUT, MADV_COLLAPSE = 4, 9, 10, 11, 21, 25
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
 LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -43,9 +43,11 @@ class Memory:
         self.fd = check(lib.dmh_region_create(b"dmh-test", self.size), "memfd")
         self.views: list[View] = []
 
-    def view(self, *, registered: bool = True) -> View:
-        """A mapping of all of it, watched by a userfaultfd of its own if `registered`."""
-        made = View(self, registered=registered)
+    def view(self, *, registered: bool = True, follows: bool = False) -> View:
+        """A mapping of all of it, watched by a userfaultfd of its own if `registered`, which announces forks if
+        `follows`; children do not inherit it.
+        """
+        made = View(self, registered=registered, follows=follows)
         self.views.append(made)
         return made
 
@@ -74,7 +76,7 @@ class Memory:
 class View:
     """One mapping of a Memory."""
 
-    def __init__(self, memory: Memory, *, registered: bool) -> None:
+    def __init__(self, memory: Memory, *, registered: bool, follows: bool = False) -> None:
         self.memory = memory
         self.pointer: Any = lib.dmh_map_region(memory.fd, memory.size, PAGE, 1)
         assert self.pointer != ffi.NULL
@@ -82,7 +84,8 @@ class View:
         self.uffd, self.features, self.how = -1, 0, 0
         if registered:
             how, features = ffi.new("int *"), ffi.new("uint64_t *")
-            self.uffd = check(lib.dmh_uffd_open(how, features), "userfaultfd")
+            opening = lib.dmh_uffd_open_following if follows else lib.dmh_uffd_open
+            self.uffd = check(opening(how, features), "userfaultfd")
             self.how, self.features = how[0], features[0]
             check(lib.dmh_uffd_register(self.uffd, self.pointer, memory.size), "registering")
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,25 @@ def follows() -> bool:
 
 
 pytestmark = pytest.mark.skipif(not follows(), reason="needs CAP_SYS_PTRACE: UFFD_FEATURE_EVENT_FORK")
+
+
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[dmh.Region]:
+    with dmh.open(settings()) as region:
+        yield region
+
+
+@pytest.fixture
+def region(lasting: dmh.Region) -> Iterator[dmh.Region]:
+    """A region for several tests, each of which leaves it empty and without other programs."""
+    yield lasting
+    gc.collect()
+
+    def empty() -> bool:
+        stats = lasting.stats()
+        return (stats.programs, stats.allocated, stats.pinned) == (1, 0, 0)
+
+    wait_until(empty, "nothing is left of the test")
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -64,8 +83,7 @@ def holds(array: np.ndarray) -> bool:
 
 
 class TestFollowed:
-    def test_a_child_sees_and_changes_what_its_parent_has(self, open_region: OpenRegion) -> None:
-        region = open_region()
+    def test_a_child_sees_and_changes_what_its_parent_has(self, region: dmh.Region) -> None:
         array = filled(region)
 
         def work() -> bool:
@@ -96,9 +114,8 @@ class TestFollowed:
         assert holds(array)
 
     def test_an_array_that_ends_in_the_child_stays_in_the_parent_and_the_other_way_round(
-        self, open_region: OpenRegion
+        self, region: dmh.Region
     ) -> None:
-        region = open_region()
         kept, dropped = [filled(region, 50)], [filled(region, 50)]
         ready, go = os.pipe(), os.pipe()
 
@@ -125,9 +142,8 @@ class TestFollowed:
         for fd in (*ready, *go):
             os.close(fd)
 
-    def test_what_is_freed_right_after_the_fork_the_child_still_has(self, open_region: OpenRegion) -> None:
+    def test_what_is_freed_right_after_the_fork_the_child_still_has(self, region: dmh.Region) -> None:
         """The launcher hears of the end of an array and of the child by two ways; it must ask for the second first."""
-        region = open_region()
         for _ in range(20):
             array = filled(region, 3)
             reading, writing = os.pipe()
@@ -145,8 +161,7 @@ class TestFollowed:
             os.close(reading)
             os.close(writing)
 
-    def test_grandchildren(self, open_region: OpenRegion) -> None:
-        region = open_region()
+    def test_grandchildren(self, region: dmh.Region) -> None:
         array = filled(region)
 
         def grandchild() -> bool:
@@ -157,8 +172,7 @@ class TestFollowed:
         assert (array[3] == 77).all()
         wait_until(lambda: region.stats().programs == 1, "all are forgotten")
 
-    def test_a_parent_may_end_first(self, open_region: OpenRegion) -> None:
-        region = open_region()
+    def test_a_parent_may_end_first(self, region: dmh.Region) -> None:
         code = """
             import os, sys, time
             import dmh
@@ -177,8 +191,7 @@ class TestFollowed:
         assert run_python(code, region.name, os.getpid()).stdout == "True 100\n"
         wait_until(lambda: region.stats().allocated == 0, "the child's end gives everything back")
 
-    def test_a_child_that_is_killed(self, open_region: OpenRegion) -> None:
-        region = open_region()
+    def test_a_child_that_is_killed(self, region: dmh.Region) -> None:
         array = filled(region)
         for pause in (0.0, 0.001, 0.01, 0.05):
             child = os.fork()
@@ -214,9 +227,8 @@ class TestFollowed:
         ended = run_python(code, settings("service.grace=5s").to_wire())
         assert ended.stdout == "11\n", ended.stderr
 
-    def test_a_child_that_runs_none_of_pythons_hooks(self, open_region: OpenRegion) -> None:
+    def test_a_child_that_runs_none_of_pythons_hooks(self, region: dmh.Region) -> None:
         """A C library may fork: nobody says which process it is, and its end is noticed all the same."""
-        region = open_region()
         array = filled(region)
         libc = ctypes.PyDLL(None)  # its calls keep the interpreter lock, which is not usable in such a child
         address, none = ctypes.c_void_p(array.ctypes.data), ctypes.c_int(252)
@@ -230,6 +242,29 @@ class TestFollowed:
         gc.collect()
         assert not region.empty(region.size, "u1")[:: 50 * 4096].any(), "what it held is free when it is needed"
         wait_until(lambda: region.stats().programs == 1, "it is forgotten")
+
+    def test_the_evictor_looks_into_a_child_as_into_any_program(self, open_region: OpenRegion) -> None:
+        """A view that it cannot look into makes every page seem idle, or none: it must learn which process that is."""
+        try:
+            region = open_region("evictor.policy=idle-walk", "evictor.idle=unmap")
+        except dmh.DmhError as error:
+            pytest.skip(f"needs the idle source unmap: {error}")
+        array = filled(region, 20)
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            array[:, 0].sum()
+            signal.pause()
+        with inside(region) as look:
+            directory = Path(f"/proc/{look.workers['evictor'][0]}/fd")
+
+            def looks() -> bool:
+                links = [os.readlink(link) for link in directory.iterdir()]
+                return f"/proc/{child}/pagemap" in links
+
+            wait_until(looks, "the evictor has the child's page table in sight")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
     def test_a_sealed_mapping(self, open_region: OpenRegion) -> None:
         code = """
@@ -355,9 +390,8 @@ class TestFollowed:
 
 class TestOtherWaysToStartProcesses:
     @pytest.mark.parametrize("with_hooks", [False, True])
-    def test_subprocess(self, open_region: OpenRegion, with_hooks: bool) -> None:
+    def test_subprocess(self, region: dmh.Region, with_hooks: bool) -> None:
         """The new program has nothing of the region, and is not counted as one that has."""
-        region = open_region()
         array = filled(region, 20)
         for _ in range(3):
             subprocess.run(["true"], check=True, preexec_fn=(lambda: None) if with_hooks else None)
@@ -365,8 +399,7 @@ class TestOtherWaysToStartProcesses:
         assert holds(array)
 
     @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-    def test_multiprocessing(self, open_region: OpenRegion, method: str) -> None:
-        region = open_region()
+    def test_multiprocessing(self, region: dmh.Region, method: str) -> None:
         array = filled(region)
         context = multiprocessing.get_context(method)
         with context.Pool(2) as pool:
