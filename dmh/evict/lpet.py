@@ -24,6 +24,8 @@ from dmh.observe.trace import TraceWriter
 
 _EVENT = np.dtype([("order", "u8"), ("page", "u8"), ("ns", "u8"), ("kind", "u4"), ("thread", "u4")])
 _EVENTS = 65536
+MARKS = 256
+"""Most pages marked in one go, where marks move nothing: each go interrupts the program's processors once."""
 
 
 class Lpet:
@@ -118,10 +120,14 @@ class Lpet:
             return 0
         self._table.count(self._number, "runs")
         began = min(rung_ns / 1e9 or time.monotonic(), time.monotonic())
+        starved = False
         while quota > 0 and keep_going():
             self.learn()
             looked = self._look()
-            choice = self._policy.choose(min(quota, self._batch), self._may_mark())
+            # Marks that move nothing wait for `mark_ahead`, where they are many, unless nothing leaves without.
+            marking = self._source.moves or starved
+            choice = self._policy.choose(min(quota, self._batch), self._may_mark() if marking else 0)
+            starved = not len(choice.evict)
             self._mark(choice.mark)
             if len(choice.evict):
                 self._leaver.evict(choice.evict)
@@ -129,7 +135,7 @@ class Lpet:
                 quota -= moved
                 if not moved and not len(choice.mark):
                     break  # the victim buffer is full of what the store does not take: others have a turn
-            if not looked and not len(choice.mark) and not len(choice.evict):
+            if marking and starved and not looked and not len(choice.mark):
                 # Nothing of the policy's is left to evict; what an earlier write failed on may be.
                 self._leaver.write_staged()
                 break
@@ -143,8 +149,11 @@ class Lpet:
 
     def mark_ahead(self) -> None:
         """Mark what the policy will want to know of, before it needs room."""
-        if not self._source.moves:
-            self._mark(self._policy.choose(0, self._may_mark()).mark)
+        while not self._source.moves and (most := self._may_mark()):
+            marks = self._policy.choose(0, most).mark
+            self._mark(marks)
+            if len(marks) < most:
+                return
 
     def _adapt(self) -> None:
         """Move the thresholds so that the room above the high one is the reserve.
@@ -207,7 +216,7 @@ class Lpet:
         """How many pages may be marked now: what fits the victim buffer, or the budget."""
         if self._source.moves:
             return min(self._table.slots - self._table.staged, self._batch)
-        return self._budget.pages(time.monotonic(), self._batch)
+        return self._budget.pages(time.monotonic(), MARKS)
 
     def _mark(self, pages: Pages) -> None:
         if not len(pages):
