@@ -33,6 +33,7 @@ StartRedis = Callable[..., RedisServer]
 PAGE = 4096
 SMALL = ("region.size=1MiB", "memory.limit=128KiB", "evictor.buffer=8 pages", "prefetch.enabled=false")
 BRIEF = ("store.timeout=1s", "store.on_failure=poison")
+ALONE = ("prefetch.enabled=false",)
 AHEAD = ("prefetch.enabled=true", "prefetch.window=8 pages")
 PATIENT = ("store.timeout=1s", "store.on_failure=wait")
 
@@ -240,7 +241,7 @@ class TestPoisonAndHeal:
 
     def test_more_pages_than_there_is_room_for(self, open_region: OpenRegion, redis_server: RedisServer) -> None:
         """Healing takes room like any fault; the limit holds, and LPET makes way."""
-        limits = ("region.size=1MiB", "memory.limit=32KiB", "evictor.buffer=1 pages", "workers.resolvers=6")
+        limits = ("region.size=1MiB", "memory.limit=32KiB", "evictor.buffer=1 pages", "workers.resolvers=6", *ALONE)
         region = open_region(*limits, *BRIEF, f"store.url={redis_server.unix_url}", "prefetch.enabled=false")
         pages = Pages(region, 12)
         with paused(redis_server), ThreadPoolExecutor(12) as threads:
@@ -255,7 +256,7 @@ class TestPoisonAndHeal:
     def test_a_page_of_several_kernel_pages(
         self, open_region: OpenRegion, redis_server: RedisServer, reader: Callable[[dmh.Region], Reader]
     ) -> None:
-        limits = ("region.size=4MiB", "region.page_size=64KiB", "memory.limit=1MiB", "evictor.buffer=4 pages")
+        limits = ("region.size=4MiB", "region.page_size=64KiB", "memory.limit=1MiB", *ALONE)
         region = open_region(*limits, *BRIEF, f"store.url={redis_server.unix_url}")
         pages, other = Pages(region, 8), reader(region)
         with paused(redis_server):
