@@ -100,6 +100,7 @@ class _Latency:
         slots = self.pages + self.pages // 8 + 8
         more = [
             "evictor.policy=idle-walk",
+            "evictor.idle=buffer",
             f"evictor.buffer={slots} pages",
             f"memory.high={2 * slots} pages",
             f"memory.low={2 * slots - 4} pages",
