@@ -43,7 +43,10 @@ def test_a_scrape_has_every_figure(open_region: OpenRegion) -> None:
     array[:] = np.arange(200_000)
     region.flush(array)
     assert array.sum() == 200_000 * 199_999 / 2
-    scraped, figures = scrape(port), region.stats()
+    while True:  # what was read ahead of the sum may still be on its way in
+        before, scraped, figures = region.stats().counters, scrape(port), region.stats()
+        if before == figures.counters:
+            break
     for name in COUNTERS:
         assert scraped[f"dmh_{name}_total"] == figures.counters[name], name
     assert scraped["dmh_limit"] == 64
