@@ -247,6 +247,14 @@ static void publish(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint32_t 
     }
 }
 
+#define SCATTERED_WAKES 16
+
+static void wake_span(struct dmh_ctx *c, struct view *v, uint64_t one, uint64_t other)
+{
+    uint64_t first = one < other ? one : other, last = one < other ? other : one;
+    wake_view(v, first << c->s->page_shift, (last - first + 1) << c->s->page_shift);
+}
+
 /*
  * Check and install every claimed page: zeros for new ones, the slot's content for staged ones, the buffer's rows for fetched
  * ones (found[] says which rows are filled).  At most `chunk` pages in one call, so that the faulting thread starts early.
@@ -255,7 +263,7 @@ static void publish(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint32_t 
 int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, uint32_t chunk)
 {
     const uint64_t size = c->s->page_size;
-    uint32_t row = 0;
+    uint32_t row = 0, held = 0, since = 0; /* pages installed since somebody was last woken; the first of them */
     for (uint32_t i = 0, k; i < p->n; i += k) {
         k = run_from(p, i, i == 0 && p->n > 8 ? 8 : chunk);
         const uint8_t *from = NULL;
@@ -290,6 +298,12 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
             fill(c, v, offset, DMH_KERNEL_PAGE, from, 1);
             AT(c, DMH_AT_COPIED_PARTLY);
         }
+        /*
+         * Of a window of scattered pages each is a call of its own.  Whoever waits for one of them is woken when several are there: woken at once
+         * he would catch up with us at the next, and the next.
+         */
+        c->holds_wakes = from && !p->demand && k == 1 && i + 1 < p->n && held < SCATTERED_WAKES;
+        since = held ? since : i;
         enum verdict r = fill(c, v, offset, k * size, from, 0);
         if (r == V_GONE && v != own) {
             /* The process that faulted is gone, but others may wait for the same page. */
@@ -301,10 +315,21 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
                 unmark(c, p->page[j]);
         if (r == V_DONE)
             publish(c, p, i, k, v);
+        if (held && !c->holds_wakes)
+            wake_span(c, v, p->page[since], p->page[i]);
+        held = c->holds_wakes ? held + 1 : 0;
+        c->holds_wakes = 0;
         pthread_rwlock_unlock(&c->lock);
         if (r != V_DONE)
             dmh_die("no memory for %u pages at page %llu although the limit allows them: lower memory.limit", k,
                     (unsigned long long)p->page[i]);
+    }
+    if (held) {
+        /* What came after them was given back or lost. */
+        pthread_rwlock_rdlock(&c->lock);
+        for (uint32_t i = 0; i < c->nviews; i++)
+            wake_span(c, &c->views[i], p->page[since], p->page[p->n - 1]);
+        pthread_rwlock_unlock(&c->lock);
     }
     return (int)p->lost_n;
 }

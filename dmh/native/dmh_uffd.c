@@ -324,7 +324,8 @@ enum verdict fill(struct dmh_ctx *c, struct view *v, uint64_t offset, uint64_t b
         int64_t moved;
         int r;
         if (from) {
-            struct uffdio_copy k = { .dst = v->base + offset + done, .src = (uint64_t)(uintptr_t)from + done, .len = bytes - done };
+            struct uffdio_copy k = { .dst = v->base + offset + done, .src = (uint64_t)(uintptr_t)from + done, .len = bytes - done,
+                                     .mode = c->holds_wakes ? UFFDIO_COPY_MODE_DONTWAKE : 0 };
             r = ioctl(v->uffd, UFFDIO_COPY, &k);
             moved = k.copy;
         } else {

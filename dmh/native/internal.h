@@ -62,6 +62,7 @@ struct dmh_ctx {
     int region_fd;
     uint8_t *slots_base, *own_base;
     uint32_t worker;
+    int holds_wakes;            /* fill() wakes nobody: dmh_install does, for several pages at once */
     uint32_t depth;             /* of enter(); only the thread that works on pages uses it */
     pthread_rwlock_t lock;      /* views[] and their descriptors: read-held over every use of one */
     uint32_t nviews;
