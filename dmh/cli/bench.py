@@ -133,7 +133,8 @@ def show(rows: list[Row]) -> None:
             continue
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x {row.baseline}"
         what = row.benchmark, row.case, row.subject, f"{row.metric}, {row.unit}"
-        figures = figure(row.median), figure(row.p99), f"{row.spread:.0%}", str(row.runs)
+        spread = "" if row.spread is None else f"{row.spread:.0%}"
+        figures = figure(row.median), figure(row.p99), spread, str(row.runs)
         table.add_row(*what, *figures, ratio)
     console = Console(soft_wrap=True)
     if not console.is_terminal:
