@@ -23,6 +23,7 @@ import dmh
 from dmh.config import Config, loads
 from dmh.lspt.states import State
 from dmh.lspt.table import Table
+from dmh.native import ffi, lib
 from dmh.service.paths import service_directory
 
 _serial = itertools.count()
@@ -213,3 +214,11 @@ def start_python(code: str, *arguments: object, **options: Any) -> subprocess.Po
 def pattern(page: int, page_size: int, version: int = 0) -> np.ndarray[Any, Any]:
     """Bytes that no other page and no other version has."""
     return np.random.default_rng((page, version, page_size)).integers(0, 256, page_size, np.uint8)
+
+
+def follows() -> bool:
+    """May this process's forks be followed?"""
+    fd = lib.dmh_uffd_open_following(ffi.new("int *"), ffi.new("uint64_t *"))
+    if fd >= 0:
+        os.close(fd)
+    return fd >= 0

@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from dmh.cli import arguments
 from dmh.cli.signals import terminable, undisturbed
-from dmh.config import Config, format_size, load, loads, parse_size, without_password
+from dmh.config import Config, format_size, load, loads, without_password
 from dmh.demo.display import Display
 from dmh.demo.progress import Job, Progress
 from dmh.errors import RegionError, ServiceError, StoreError
@@ -67,19 +68,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--size",
-        type=_size,
+        type=arguments.size,
         metavar="SIZE",
         help=f"bytes of the array (default: 4 x memory.limit; {DEFAULT_SIZE // 10**6}MB)",
     )
     parser.add_argument("--seed", type=_seed, default=1, metavar="N", help="of all random numbers (default: 1)")
     parser.set_defaults(run=run)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(int(text) if text.isdecimal() else text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seed(text: str) -> int:

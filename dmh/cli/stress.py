@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from dmh.cli import arguments
 from dmh.cli.demo import page_file_directory
 from dmh.cli.signals import terminable
-from dmh.config import Config, Limits, about, load, loads, parse_duration, parse_size
+from dmh.config import Config, Limits, about, load, loads
 from dmh.errors import ConfigError
 from dmh.machine.kernel import userfaultfd
 from dmh.stress.plan import Plan
@@ -55,16 +56,16 @@ def add_parser(commands: Any) -> None:
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help="override a setting"
     )
     parser.add_argument(
-        "--size", type=_size, metavar="SIZE", help=f"of the region (default {about(SIZE)}; region.size)"
+        "--size", type=arguments.size, metavar="SIZE", help=f"of the region (default {about(SIZE)}; region.size)"
     )
-    parser.add_argument("--limit", type=_size, metavar="SIZE", help=f"memory.limit (default {about(LIMIT)})")
-    parser.add_argument("--page-size", type=_size, metavar="SIZE", help="region.page_size (default 4KiB)")
+    parser.add_argument("--limit", type=arguments.size, metavar="SIZE", help=f"memory.limit (default {about(LIMIT)})")
+    parser.add_argument("--page-size", type=arguments.size, metavar="SIZE", help="region.page_size (default 4KiB)")
     parser.add_argument(
         "--store", metavar="STORE", help="file (a temporary page file), memory, redis (a server of its own), or a URL"
     )
     parser.add_argument(
         "--duration",
-        type=_duration,
+        type=arguments.duration,
         default=30.0,
         metavar="TIME",
         help="of the random work, as 90s or 10min (default 30s)",
@@ -84,27 +85,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="of all random numbers (default: another one each time)")
     parser.add_argument(
         "--hang",
-        type=_duration,
+        type=arguments.duration,
         default=60.0,
         metavar="TIME",
         help="without progress this long, it is a hang (default 60s)",
     )
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.set_defaults(run=run)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(int(text) if text.isdecimal() else text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _count(text: str) -> int:

@@ -12,20 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from regions import start_python, wait_until
+from regions import follows, start_python, wait_until
 from userfault import PAGE, Memory, View
 
-from dmh.native import ffi, lib
+from dmh.native import lib
 
 FORK_EVENT = 0x13
 BRIEF = 0.05
-
-
-def follows() -> bool:
-    fd = lib.dmh_uffd_open_following(ffi.new("int *"), ffi.new("uint64_t *"))
-    if fd >= 0:
-        os.close(fd)
-    return fd >= 0
 
 
 pytestmark = pytest.mark.skipif(not follows(), reason="needs CAP_SYS_PTRACE: UFFD_FEATURE_EVENT_FORK")

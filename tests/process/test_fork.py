@@ -16,21 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from regions import inside, page_of, run_python, settings, start_python, wait_until
+from regions import follows, inside, page_of, run_python, settings, start_python, wait_until
 
 import dmh
 from dmh.lspt.steps import NUMBERS
-from dmh.native import ffi, lib
 
 OpenRegion = Callable[..., dmh.Region]
 PAGES = 200
-
-
-def follows() -> bool:
-    fd = lib.dmh_uffd_open_following(ffi.new("int *"), ffi.new("uint64_t *"))
-    if fd >= 0:
-        os.close(fd)
-    return fd >= 0
 
 
 pytestmark = pytest.mark.skipif(not follows(), reason="needs CAP_SYS_PTRACE: UFFD_FEATURE_EVENT_FORK")
