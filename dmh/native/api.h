@@ -327,7 +327,6 @@ int      dmh_floor_handler(int uffd, uint64_t page_size, int stop_fd, int spin);
 int      dmh_pager_watch(void *base, uint64_t bytes);
 int      dmh_floor_pager(int uffd, int memory, int file, uint64_t base, uint64_t pages, uint64_t page_size, uint64_t limit,
                          int control);
-int      dmh_pin_cpu(int cpu);
 
 /* ---- the workload of `dmh stress` ---- */
 

@@ -1,7 +1,6 @@
 /* Measurements: what an application does to memory and what it sees.  Nothing of Python is inside the loops. */
 #include "internal.h"
 
-#include <sched.h>
 
 /* Touch one byte at each offset and time it. */
 void dmh_time_touch(uint8_t *base, const uint64_t *offsets, uint64_t n, int write, uint64_t *out_ns)
@@ -112,12 +111,4 @@ int64_t dmh_access_by_threads(uint8_t *base, const uint64_t *numbers, uint64_t n
     free(t);
     free(id);
     return (int64_t)(ended - began);
-}
-
-int dmh_pin_cpu(int cpu)
-{
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    return sched_setaffinity(0, sizeof set, &set) < 0 ? -errno : 0;
 }
