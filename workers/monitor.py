@@ -40,7 +40,8 @@ def main() -> None:
     worker = Worker("monitor")
     schedule("monitor")
     setup, context = worker.setup, worker.context
-    streams = Streams(setup.window)
+    # A quarter is left to pages that a program has passed: nothing tells the policy at once.
+    streams = Streams(setup.window, lib.dmh_ahead_cap(setup.low) * 3 // 4)
     check(lib.dmh_ctx_watch(context, setup.follow, streams.pointer), "watching userfaultfds")
     store: OpenStore | None = None
     if setup.inline:

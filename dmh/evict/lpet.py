@@ -81,10 +81,11 @@ class Lpet:
         while n := lib.dmh_drain(raw, ffi.from_buffer("struct dmh_event[]", self._events), _EVENTS):
             events = self._events[:n]
             events = events[np.argsort(events["order"], kind="stable")]
+            came_in = events[events["kind"] != Event.EXPECTED]
             if self._reserve:
-                self._reserve.arrived(events["ns"])
+                self._reserve.arrived(came_in["ns"])
             if self._recording:
-                self._recording.append(events["page"], events["kind"], events["ns"], events["thread"])
+                self._recording.append(came_in["page"], came_in["kind"], came_in["ns"], came_in["thread"])
             kinds = np.where(events["kind"] == lib.DMH_EV_NEW, Event.FAULT, events["kind"])
             self._policy.learn(events["page"], kinds.astype(np.uint8))
             if n < _EVENTS:

@@ -128,6 +128,7 @@ struct dmh_event { uint64_t order; uint64_t page; uint64_t ns; uint32_t kind; ui
 #define DMH_EV_IDLE 6           /* the answer to `look`: not used */
 /* In a ring only: policies are told FAULT. */
 #define DMH_EV_NEW 7            /* a new page was touched */
+#define DMH_EV_EXPECTED 9       /* a scan is about to come to a page that is local; policies take it for used */
 int64_t  dmh_drain(struct dmh_shared *s, struct dmh_event *out, uint64_t max);
 
 /* ---- userfaultfd and mappings ---- */
@@ -176,7 +177,7 @@ int      dmh_next_birth(struct dmh_ctx *c, struct dmh_birth *out);
 /* ---- read-ahead: which pages a thread will want next ---- */
 
 struct dmh_window { int64_t first, stride; uint32_t count; };
-struct dmh_streams *dmh_streams_new(uint32_t limit);
+struct dmh_streams *dmh_streams_new(uint32_t limit, uint32_t ahead);
 void     dmh_streams_free(struct dmh_streams *s);
 /*
  * What read-ahead looks at: the table's words, by which local pages are told, how far each resolver is, and what the program has said of each page.
@@ -211,11 +212,13 @@ struct dmh_plan {
     uint32_t stored_n;          /* of them, pages to fetch */
     uint32_t room_wanted;       /* no room was found: for the demand page, or for any of the window */
     uint32_t looked;            /* steps of the window that were claimed or need nothing; the rest found no room */
+    uint32_t expected_n;        /* of them, pages that are local already */
     uint64_t page[1024];
     uint64_t word[1024];        /* the claim: the word as this worker left it */
     uint8_t  kind[1024];        /* DMH_NEW, DMH_STORED, DMH_STAGED, DMH_POISONED: what it was */
     uint64_t stored[1024];      /* page numbers to fetch */
     uint8_t  found[1024];       /* filled in by the store: 1 row i of the buffer holds stored[i], 0 it has no such page, 2 it is damaged, 3 no answer */
+    uint64_t expected[1024];
     uint64_t lost[8];           /* out: pages that raise SIGBUS from now on */
     uint8_t  lost_why[8];       /* DMH_LOST_... */
     uint32_t lost_n;
@@ -257,6 +260,7 @@ int      dmh_discard(struct dmh_ctx *c, uint64_t first, uint64_t n, uint64_t *bu
 /* ---- eviction policies: decisions only; dmh/evict/policies/ has the algorithms ---- */
 
 struct dmh_policy;
+uint32_t dmh_ahead_cap(uint64_t limit);
 struct dmh_policy *dmh_policy_new(const char *name, uint64_t pages, uint64_t limit, int accessed, uint64_t seed,
                                   const double *tuning, uint64_t n_tuning);
 void     dmh_policy_free(struct dmh_policy *p);

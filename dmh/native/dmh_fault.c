@@ -110,7 +110,7 @@ static void answer_unclaimed(struct dmh_ctx *c, struct dmh_plan *p, uint64_t pag
 static int claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, int64_t stride, uint32_t window)
 {
     struct dmh_shared *s = c->s;
-    p->n = p->stored_n = p->demand = p->lost_n = p->room_wanted = p->looked = 0;
+    p->n = p->stored_n = p->demand = p->lost_n = p->room_wanted = p->looked = p->expected_n = 0;
     if (page >= s->pages)
         return -EINVAL;
     if (window >= DMH_MAX_RUN)
@@ -136,7 +136,8 @@ static int claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int deman
             p->looked = window;
             break;
         }
-        claim_one(c, p, (uint64_t)next, 0);
+        if (!claim_one(c, p, (uint64_t)next, 0) && word_state(LOAD(&c->words[next])) == DMH_RESIDENT)
+            p->expected[p->expected_n++] = (uint64_t)next;
     }
     if (p->n < granted)
         dmh_release(s, granted - p->n);
@@ -154,6 +155,8 @@ int dmh_claim(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, int demand, 
     leave(c);
     if (n > 0)
         AT(c, DMH_AT_CLAIMED);
+    if (p->expected_n) /* or they would leave just before the scan comes to them */
+        note_arrivals(c, p->expected, p->expected_n, DMH_EV_EXPECTED, DMH_EV_EXPECTED, p);
     return n;
 }
 

@@ -11,6 +11,13 @@ static const struct operations *const operations[] = {
     &policy_fifo, &policy_idle_walk, &policy_random, &policy_clock, &policy_s3fifo, &policy_lirs, &policy_pgr, &policy_duel,
 };
 
+/* How many pages that were read ahead may be local without being known to have been used, where `limit` pages are: more leave first. */
+uint32_t dmh_ahead_cap(uint64_t limit)
+{
+    uint64_t windows = limit / 4 < 512 ? limit / 4 : 512; /* in little memory, too, there must be room for whole windows */
+    return (uint32_t)(limit / 20 > windows ? limit / 20 : windows);
+}
+
 struct dmh_policy *dmh_policy_new(const char *name, uint64_t pages, uint64_t limit, int accessed, uint64_t seed,
                                   const double *tuning, uint64_t n_tuning)
 {
@@ -31,8 +38,7 @@ struct dmh_policy *dmh_policy_new(const char *name, uint64_t pages, uint64_t lim
     p->random = p->random ? p->random : 1;
     if (n_tuning)
         memcpy(p->tuning, tuning, n_tuning * sizeof *tuning);
-    uint32_t window = p->limit / 4 < 512 ? p->limit / 4 : 512; /* two windows of read-ahead must fit, or they leave unused */
-    p->ahead_cap = p->limit / 20 > window ? p->limit / 20 : window;
+    p->ahead_cap = dmh_ahead_cap(p->limit);
     p->queue_size = 64;
     while (p->queue_size < p->limit && p->queue_size < 1u << 20)
         p->queue_size *= 2;
@@ -202,6 +208,10 @@ static void learn(struct dmh_policy *p, uint32_t page, uint32_t kind)
         else
             p->op->arrive(p, page, kind);
         e->flags &= (uint8_t)~WAS_GHOST;
+        return;
+    case DMH_EV_EXPECTED:
+        if (is_local(e) && e->list != AHEAD)
+            p->op->touch(p, page);
         return;
     case DMH_EV_GONE:
         depart(p, page);

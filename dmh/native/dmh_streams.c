@@ -13,6 +13,8 @@
 #define SETS 256                /* of threads */
 #define WAYS 4
 #define PROVEN 2                /* a stream met so often is one; once may be chance */
+#define THROUGH_LOCAL 1024      /* pages that a scan is followed through without a fault */
+#define MEETINGS 16             /* markers met last, of all threads: the streams that they belong to are at work */
 #define UNPROVEN_FAULTS 64      /* of its thread, after which a stream that is not proven is none */
 
 struct stream {
@@ -25,6 +27,7 @@ struct stream {
     uint64_t used;              /* pages asked for and passed */
     uint32_t met;               /* times a fault has met its marker */
     uint64_t at;                /* the thread's count of faults then */
+    uint32_t id;                /* no two streams have the same */
     uint32_t resolver;          /* who was given its last window; 0: nobody yet */
     uint64_t ticket;            /* done when completed[resolver] has come to it */
 };
@@ -39,18 +42,21 @@ struct thread {
 
 struct dmh_streams {
     uint32_t limit, widest;
+    uint32_t ahead;             /* pages that all streams together may have ahead */
+    uint32_t ids, met[MEETINGS], nmet; /* a ring of streams' ids */
     uint64_t clock, used, wasted;
     struct stream *last;        /* whose windows were returned last; valid until the next call */
     struct thread threads[SETS * WAYS];
 };
 
-/* limit: pages, the furthest to read ahead; 0: not at all. */
-struct dmh_streams *dmh_streams_new(uint32_t limit)
+/* limit: pages, the furthest that a stream reads ahead; 0: not at all.  ahead: pages, for all streams together. */
+struct dmh_streams *dmh_streams_new(uint32_t limit, uint32_t ahead)
 {
     struct dmh_streams *s = calloc(1, sizeof *s);
     if (s) {
         s->limit = limit < DMH_MAX_RUN ? limit : DMH_MAX_RUN;
         s->widest = s->limit < TWO_WINDOWS ? s->limit : s->limit / 2;
+        s->ahead = ahead;
     }
     return s;
 }
@@ -119,18 +125,55 @@ static int begin(struct stream *m, int64_t page, const struct dmh_outlook *o, ui
     return limit < TWO_WINDOWS || m->met < PROVEN ? n : n + open_window(m, o, out + n);
 }
 
-static void widen(struct thread *t, struct stream *m, uint32_t widest)
+/*
+ * How wide a window may be, so that the two that each stream at work has ahead stay local until the program comes there: what is read ahead leaves
+ * first, and would be fetched again and again.
+ */
+static uint32_t share(const struct dmh_streams *s)
+{
+    uint32_t n = s->nmet < MEETINGS ? s->nmet : MEETINGS, streams = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t first = 0;
+        while (s->met[first] != s->met[i])
+            first++;
+        streams += first == i;
+    }
+    uint32_t wide = s->ahead / (2 * (streams ? streams : 1));
+    return wide > FIRST_WINDOW ? wide : FIRST_WINDOW;
+}
+
+static void widen(struct thread *t, struct stream *m, uint32_t widest, uint32_t most)
 {
     /* A thread whose scans have been short is believed again when one goes on for a while. */
     if (m->window == t->widest && m->met % 4 == 0 && t->widest < widest)
         t->widest = t->widest * 2 < widest ? t->widest * 2 : widest;
     m->window = m->window * 2 < t->widest ? m->window * 2 : t->widest;
+    m->window = m->window < most ? m->window : most;
 }
 
 static void passed(struct dmh_streams *s, struct stream *m, uint32_t n)
 {
     m->used += n;
     s->used += n;
+}
+
+/*
+ * The program is at `page`, which should have been there.  What was asked for up to it was used.  Where most of the rest is not there either, it did
+ * not come, or leaves sooner than it is used, and less of it would have been better.
+ */
+static void missed(struct dmh_streams *s, struct stream *m, int64_t page, const struct dmh_outlook *o)
+{
+    uint32_t asked = m->before + m->behind, walked = (uint32_t)((page - m->last) / m->stride - 1), gone = 0;
+    walked = walked < asked ? walked : asked;
+    for (uint32_t i = 1; i <= asked - walked; i++)
+        gone += !is_local(o, page + m->stride * (int64_t)i);
+    passed(s, m, walked);
+    if (gone > asked / 2) {
+        s->wasted += gone;
+        m->window = m->window / 2 > FIRST_WINDOW ? m->window / 2 : m->window < FIRST_WINDOW ? m->window : FIRST_WINDOW;
+    }
+    m->before = m->behind = 0;
+    m->last = page;
 }
 
 static void end_stream(struct dmh_streams *s, struct thread *t, const struct stream *m)
@@ -200,10 +243,12 @@ static int go_on(struct dmh_streams *s, struct thread *t, struct stream *m, int6
 {
     if (++m->met == PROVEN)
         t->doubt -= t->doubt > 0;
+    s->met[s->nmet % MEETINGS] = m->id;
+    s->nmet = s->nmet + 1 < 2 * MEETINGS ? s->nmet + 1 : MEETINGS;
     passed(s, m, m->before);
     m->before = m->behind;
     m->behind = 0;
-    widen(t, m, s->widest);
+    widen(t, m, s->widest, share(s));
     m->last = page;
     /* Nothing was asked for behind the marker yet, or the program goes on in the window that was. */
     return m->marker == m->next ? begin(m, page, o, s->limit, out) : open_window(m, o, out);
@@ -214,6 +259,18 @@ void dmh_streams_given(struct dmh_streams *s, uint32_t resolver, uint64_t ticket
 {
     s->last->resolver = resolver;
     s->last->ticket = ticket;
+}
+
+/* A scan faults nowhere while it walks through pages that are local: has this one come to `page` that way? */
+static int has_come_to(const struct stream *m, const struct dmh_outlook *o, int64_t page)
+{
+    int64_t way = page - m->last;
+    if (m->met < PROVEN || way % m->stride || way / m->stride <= 0 || way / m->stride > THROUGH_LOCAL)
+        return 0;
+    while ((page -= m->stride) != m->last)
+        if (!is_local(o, page))
+            return 0;
+    return 1;
 }
 
 static int on_its_way(const struct stream *m, const struct dmh_outlook *o, int64_t page)
@@ -240,6 +297,12 @@ int dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, 
     for (uint32_t i = 0; i < t->nstreams; i++)
         if (on_its_way(&t->stream[i], o, page))
             return -(int)t->stream[i].resolver;
+    for (uint32_t i = 0; o->words && i < t->nstreams; i++)
+        if (has_come_to(&t->stream[i], o, page)) {
+            struct stream *m = to_front(t, i);
+            missed(s, m, page, o);
+            return begin(m, page, o, s->limit, out);
+        }
     const int sequential = advice == DMH_ADVICE_SEQUENTIAL;
     int64_t stride = sequential ? 1 : new_stride(t, page);
     t->recent[t->nrecent++ % RECENT] = page;
@@ -251,17 +314,16 @@ int dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, 
         if (t->stream[i].stride == stride && covers(&t->stream[i], page)) {
             /* Its pages did not come (there was no room), or it has run past its marker, which another thread had brought in. */
             struct stream *m = to_front(t, i);
-            passed(s, m, m->before + m->behind);
-            m->before = m->behind = 0;
-            m->last = page;
+            missed(s, m, page, o);
             return begin(m, page, o, s->limit, out);
         }
     forget_unproven(s, t);
     if (t->nstreams == STREAMS)
         end_stream(s, t, &t->stream[--t->nstreams]);
     memmove(t->stream + 1, t->stream, t->nstreams++ * sizeof *t->stream);
-    t->stream[0] = (struct stream){ .last = page, .stride = stride, .at = t->faults, .window = FIRST_WINDOW < t->widest ? FIRST_WINDOW : t->widest };
+    t->stream[0] = (struct stream){ .id = ++s->ids, .last = page, .stride = stride, .at = t->faults,
+                                     .window = FIRST_WINDOW < t->widest ? FIRST_WINDOW : t->widest };
     if (sequential) /* nothing has to be proven */
-        t->stream[0].window = s->widest, t->stream[0].met = PROVEN;
+        t->stream[0].window = s->widest < share(s) ? s->widest : share(s), t->stream[0].met = PROVEN;
     return begin(&t->stream[0], page, o, s->limit, out);
 }

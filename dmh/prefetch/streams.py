@@ -12,9 +12,15 @@ fault passes here, so the decisions are C (``dmh/native/dmh_streams.c``); these 
   so it is no marker.
 * Windows start at 4 pages and double at each marker, up to half the limit; a stream is proven when two markers were
   met.
+* All streams at work share what may be ahead: pages read ahead are the first to leave, and would leave unused if they
+  were more than that.  At work are those whose markers were among the last 16 that were met.
 * A fault elsewhere in a stream's windows: where a resolver has them still to do, the fault is put behind them,
-  because a page alone costs as much as five in a window.  Otherwise pages did not come (there was no room); when the
-  faults before it vote for the stream, they are asked for again, and nothing grows.
+  because a page alone costs as much as five in a window.  Otherwise pages did not come (there was no room), or left
+  before they were used; when the faults before it vote for the stream, they are asked for again, in windows half as
+  wide if most of them are not there.
+* A scan faults nowhere while it walks through pages that are local: a fault that a stream leads up to through nothing
+  but those (up to 1024) is its next one.  And pages of a window that are local already are told to the policy as
+  expected, or they would leave just before they are used.
 * What does not pay is given up: a stream that is never proven makes the thread's next one need a vote more (at most
   three); one that has wasted more than it used halves the thread's widest window.  Streams that go on earn both back.
 """
@@ -24,6 +30,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dmh.native import ffi, lib
+
+UNLIMITED = 2**32 - 1
 
 
 class Window(NamedTuple):
@@ -48,10 +56,12 @@ class Streams:
     [Window(first=146, stride=1, pages=31)]
     """
 
-    def __init__(self, limit: int) -> None:
-        """`limit`: pages, the furthest to read ahead; 0 switches read-ahead off."""
+    def __init__(self, limit: int, ahead: int | None = None) -> None:
+        """`limit`: pages, the furthest that a stream reads ahead; 0 switches read-ahead off.  `ahead`: pages, for all
+        streams together (None: unlimited).
+        """
         self.limit = limit
-        self.pointer = ffi.gc(lib.dmh_streams_new(limit), lib.dmh_streams_free)
+        self.pointer = ffi.gc(lib.dmh_streams_new(limit, UNLIMITED if ahead is None else ahead), lib.dmh_streams_free)
         if self.pointer == ffi.NULL:
             raise MemoryError("no memory for the read-ahead streams")
         self._windows = ffi.new("struct dmh_window[2]")

@@ -21,8 +21,7 @@ Pages = npt.NDArray[np.uint64]
 
 PAGES = 8192
 HALF, QUARTER = PAGES // 2, PAGES // 4
-# First in, first out: what leaves is not what this is about.
-SIZE = ("region.size=34MiB", "memory.limit=8MiB", "evictor.policy=fifo")
+SIZE = ("region.size=34MiB", "memory.limit=8MiB")
 
 
 def interleaved(*scans: range) -> Pages:
@@ -67,9 +66,9 @@ class Walked:
         return {name: (after[name] - before[name]) / len(pages) for name in after}
 
 
-@pytest.mark.parametrize("inline", ["true", "false"])
-def test_scans_find_their_pages_before_they_ask_for_them(open_region: OpenRegion, inline: str) -> None:
-    walked = Walked(open_region(*SIZE, f"workers.inline={inline}"))
+@pytest.mark.parametrize(("inline", "policy"), [("true", "auto"), ("true", "fifo"), ("false", "auto")])
+def test_scans_find_their_pages_before_they_ask_for_them(open_region: OpenRegion, inline: str, policy: str) -> None:
+    walked = Walked(open_region(*SIZE, f"workers.inline={inline}", f"evictor.policy={policy}"))
     for scan, pages in SCANS.items():
         # Where others have the processors, nobody can be ahead of a program that only touches: the best of three.
         counted = min((walked.walk(pages) for _ in range(3)), key=lambda walk: walk["faults"] + walk["late"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -42,6 +43,25 @@ class Scan:
         return len(self.faults) - before
 
 
+class Bounded(Scan):
+    """The same where of what was brought ahead of use only the newest `most` pages stay."""
+
+    def __init__(self, streams: Streams, most: int) -> None:
+        super().__init__(streams)
+        self.most = most
+        self.ahead: deque[int] = deque()
+
+    def touch(self, pages: Iterable[int], thread: int = 1) -> int:
+        before = len(self.faults)
+        for page in pages:
+            known = set(self.local)
+            super().touch([page], thread)
+            self.ahead.extend(sorted(self.local - known - {page}))
+            while len(self.ahead) > self.most:
+                self.local.discard(self.ahead.popleft())
+        return len(self.faults) - before
+
+
 @pytest.mark.parametrize("stride", [1, -1, 2, -3, 7, FARTHEST])
 def test_a_scan_faults_at_its_markers_only(stride: int) -> None:
     start = 100_000
@@ -72,6 +92,28 @@ def test_interleaved_scans_of_one_thread(arrays: int) -> None:
     """a = b + c * d walks four arrays at once: each is a stream of its own."""
     touched = [base * 1_000_000 + i for i in range(2000) for base in range(arrays)]
     assert Scan(Streams(limit=128)).touch(touched) <= arrays * (3 + 7 + 2000 // 64 + 1)
+
+
+@pytest.mark.parametrize("arrays", [1, 2, 3, 4, KEPT])
+def test_streams_share_what_may_be_ahead(arrays: int) -> None:
+    """What leaves in the order in which it came, beyond so many, is still there when the program comes to it."""
+    ahead = 384
+    scan = Bounded(Streams(limit=256, ahead=ahead), ahead * 4 // 3)
+    touched = [base * 1_000_000 + i for i in range(4000) for base in range(arrays)]
+    faults = scan.touch(touched)
+    window = min(128, ahead // (2 * arrays))
+    assert faults <= arrays * (3 + 9 + 4000 // window + 4000 // window // 4), faults
+    assert scan.streams.wasted < 0.02 * len(touched)
+
+
+def test_a_stream_that_has_ended_leaves_its_share_to_the_others() -> None:
+    streams = Streams(limit=256, ahead=256)
+    scan = Scan(streams)
+    scan.touch(base * 1_000_000 + i for i in range(1000) for base in range(4))
+    before = len(scan.faults)
+    scan.touch(range(5_000_000, 5_006_000))
+    # At first its windows are a quarter; 16 markers later it has all of it.
+    assert len(scan.faults) - before <= 3 + 5 + 16 + 6000 // 128
 
 
 def test_interleaved_scans_in_both_directions() -> None:
@@ -146,13 +188,34 @@ def test_the_window_collapses_when_the_scan_ends() -> None:
 
 
 def test_a_scan_that_was_cut_short_goes_on() -> None:
-    """Less than the window came, for want of room: the fault before the marker asks again, and nothing grows."""
+    """Less than the window came, for want of room, or left again: the fault before the marker asks again, for half."""
     streams = Streams(limit=64)
     for page in (0, 1, 5, 13):
         windows = streams.observe(1, page)
     assert windows == [Window(14, 1, 15), Window(30, 1, 15)]
     assert streams.observe(1, 17) == []
-    assert streams.observe(1, 18) == [Window(19, 1, 15), Window(35, 1, 15)]
+    assert streams.observe(1, 18) == [Window(19, 1, 7), Window(27, 1, 7)]
+    # Before the second fault 3 + 7 pages had been used, and since 4 of the 30 that were asked for after the last marker.
+    assert (streams.used, streams.wasted) == (3 + 7 + 4, 26)
+
+
+def test_a_scan_that_has_walked_through_local_pages_goes_on() -> None:
+    """It faults nowhere there, so no fault before this one could vote for it."""
+    streams, words = Streams(limit=64), np.full(1000, State.STORED, np.uint64)
+    windows, outlook = ffi.new("struct dmh_window[2]"), ffi.new("struct dmh_outlook *")
+    outlook.words, outlook.pages = ffi.from_buffer("uint64_t[]", words), len(words)
+
+    def observe(page: int) -> list[tuple[int, int]]:
+        n = lib.dmh_streams_observe(streams.pointer, 1, page, outlook, windows)
+        return [(w.first, w.count) for w in windows[0:n]]
+
+    for page in (0, 1, 5, 13):
+        observe(page)
+    words[14:600] = State.RESIDENT
+    words[400] = State.STORED
+    assert observe(601) == []  # it cannot have come there: page 400 would have faulted
+    words[400] = State.RESIDENT
+    assert observe(600) == [(601, 15), (617, 15)]
 
 
 def test_a_page_that_is_local_is_no_marker() -> None:

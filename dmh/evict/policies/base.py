@@ -45,6 +45,8 @@ class Event(IntEnum):
     """The answer to `look`: it was used since it was marked."""
     IDLE = 6
     """The answer to `look`: it was not."""
+    EXPECTED = 9
+    """It is local, and read-ahead says that it is about to be used."""
 
 
 def no_pages() -> Pages:
