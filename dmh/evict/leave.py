@@ -32,6 +32,9 @@ SCATTERED = 3
 Pages = npt.NDArray[np.uint64]
 NO_PAGES: Pages = np.empty(0, np.uint64)
 
+MOST_LEAVING = 1024
+"""Pages that leave in one call."""
+
 TRUST_SECONDS = 1.0
 """So long after the store has said that it is the one it was, pages that it has are dropped without asking again."""
 
@@ -63,6 +66,11 @@ class Leaver:
         self._retry = retry
         self._unmapper = unmapper
         self._rotor = 0
+        self._leaving = ffi.new("struct dmh_leaving *")
+        whole = np.frombuffer(ffi.buffer(self._leaving), np.uint8)
+        self._leaving_pages, self._leaving_sums = _field(whole, "page", np.uint64), _field(whole, "sum", np.uint64)
+        self._leaving_slots = _field(whole, "slot", np.uint32)
+        self._leaving_stayed, self._leaving_lost = _field(whole, "stayed", np.uint64), _field(whole, "lost", np.uint64)
         self._epoch: str | None = None
         with contextlib.suppress(StoreError):  # then the first answer counts as another store's
             self._epoch = store.epoch()
@@ -85,27 +93,53 @@ class Leaver:
     def evict(self, pages: Pages) -> Pages:
         """Move pages out to the DMS: resident ones by way of the victim buffer, staged ones from there.
 
-        Returns those that are still local because the store did not take them, or because what it did not take
-        fills the victim buffer.
+        Returns those that have not gone: pinned ones, those that are not there (any more), and those that are still
+        local because the store did not take them, or because what it did not take fills the victim buffer.
         """
-        states = self._table.words[pages] & 15
-        done: list[Pages] = [self._write_out(pages[states == State.STAGED])]
-        waiting = pages[states == State.RESIDENT]
-        while len(waiting):
-            room = self._table.slots - self._table.staged
-            if not room:
-                # Marked pages fill the buffer: the oldest must make way, whatever they were kept for.
+        states = self._table.words[pages] & np.uint64(15)
+        resident = states == State.RESIDENT
+        if resident.all():
+            return self._evict_resident(pages)
+        staged = pages[states == State.STAGED]
+        done = self._write_out(staged)
+        return np.concatenate([np.setdiff1d(pages[~resident], done), self._evict_resident(pages[resident])])
+
+    def _evict_resident(self, pages: Pages) -> Pages:
+        pages = np.sort(pages)
+        if self._unmapper and self._unmapper.pays and np.count_nonzero(np.diff(pages) > 1) >= SCATTERED:
+            self._unmapper.unmap(pages)
+        left: list[Pages] = []
+        while len(pages):
+            part, pages = pages[:MOST_LEAVING], pages[MOST_LEAVING:]
+            self._check_epoch(part)
+            not_looked_at = self._leave(part, left)
+            if len(not_looked_at) == len(part):
+                # What could not be written fills the buffer, or marked pages do: the oldest must make way, whatever
+                # they were kept for.
                 self.write_staged()
-                room = self._table.slots - self._table.staged
-                if not room:
-                    break
-            part, waiting = waiting[:room], waiting[room:]
-            done.append(self._write_out(*self._capture(part)))
-        left: Pages = np.setdiff1d(pages, np.concatenate(done))
-        words = self._table.words[left]
-        state, pinned = words & np.uint64(15), self._table.pins[left] != 0
-        held: Pages = left[(state == State.STAGED) | ((state == State.RESIDENT) & ~pinned)]
-        return held
+                if self._table.staged == self._table.slots:
+                    return np.concatenate([*left, not_looked_at, pages])
+            pages = np.concatenate([not_looked_at, pages]) if len(not_looked_at) else pages
+        return np.concatenate(left) if left else NO_PAGES
+
+    def _leave(self, pages: Pages, left: list[Pages]) -> Pages:
+        """One batch of resident pages, ascending.  Returns those for which there was no slot; adds those to `left`
+        that have not gone for any other reason.
+        """
+        leaving, n = self._leaving, len(pages)
+        self._leaving_pages[:n] = pages
+        leaving.n = n
+        dirty = lib.dmh_leave(self._context, self._pipe_out, self._pipe_in, self._pipe_bytes, leaving)
+        not_looked_at: Pages = self._leaving_pages[n - leaving.left : n].copy()
+        if leaving.stayed_n:
+            left.append(self._leaving_stayed[: leaving.stayed_n].copy())
+        if leaving.lost_n:
+            self._report_lost(self._leaving_lost[: leaving.lost_n].tolist())
+        if dirty:
+            pages = self._leaving_pages[:dirty].copy()
+            if not self._write(pages, self._leaving_slots[:dirty], self._leaving_sums[:dirty]):
+                left.append(pages)
+        return not_looked_at
 
     def _capture(self, pages: Pages) -> tuple[Pages, npt.NDArray[np.uint32]]:
         """RESIDENT -> STAGED; returns the pages captured and their slots, ascending."""
@@ -116,8 +150,6 @@ class Leaver:
         if not n:
             return pages, slots
         self._rotor = (int(slots[-1]) + 1) % self._table.slots
-        if self._unmapper and np.count_nonzero(np.diff(pages) > 1) >= SCATTERED:
-            self._unmapper.unmap(pages)
         outcome = np.zeros(n, np.uint8)
         lib.dmh_capture(
             self._context, self._pipe_out, self._pipe_in, self._pipe_bytes, ffi.from_buffer("uint64_t[]", pages), n,
@@ -127,9 +159,12 @@ class Leaver:
         lib.dmh_return_slots(
             self._context, ffi.from_buffer("uint32_t[]", slots), ffi.from_buffer("uint8_t[]", outcome), n
         )
-        for page in pages[outcome == lib.DMH_OUT_LOST].tolist():
-            log.error("page %d is lost: its memory was removed by something outside dmh; access raises SIGBUS", page)
+        self._report_lost(pages[outcome == lib.DMH_OUT_LOST].tolist())
         return pages[captured], slots[captured]
+
+    def _report_lost(self, pages: list[int]) -> None:
+        for page in pages:
+            log.error("page %d is lost: its memory was removed by something outside dmh; access raises SIGBUS", page)
 
     def _write_out(self, pages: Pages, slots: npt.NDArray[np.uint32] | None = None, *, keep: bool = False) -> Pages:
         """Settle staged pages, write the dirty ones, acknowledge.  With `keep` they stay STAGED.
@@ -151,21 +186,32 @@ class Leaver:
         )
         dirty = outcome == lib.DMH_OUT_DIRTY
         done: Pages = pages[~dirty & (outcome != lib.DMH_OUT_SKIPPED)]
-        if not dirty.any() or self._retry.resting:
+        if not dirty.any():
             return done
-        pages, slots, sums = pages[dirty], slots[dirty], sums[dirty]
+        pages = pages[dirty]
+        written = self._write(pages, slots[dirty], sums[dirty], keep=keep)
+        return np.concatenate([done, pages]) if written else done
+
+    def _write(
+        self, pages: Pages, slots: npt.NDArray[np.uint32], sums: npt.NDArray[np.uint64], *, keep: bool = False
+    ) -> bool:
+        """Write settled pages that are dirty, and acknowledge them.  False: the store did not take them; they stay
+        STAGED, which counts against the limit, until a later run can write them.
+        """
+        if self._retry.resting:
+            return False
         try:
             self._retry.attempt("writing pages", lambda: self._store.put_many(pages, self._contents(slots)))
         except StoreError:
             self._trusted_at = 0.0
-            return done  # the others stay STAGED, which counts against the limit, until a later run can write them
+            return False
         self._table.count(self._number, "write_calls")
         lib.dmh_step(self._context, NUMBERS["put"])
         lib.dmh_acknowledge(
             self._context, ffi.from_buffer("uint64_t[]", pages), len(pages), ffi.from_buffer("uint32_t[]", slots),
             ffi.from_buffer("uint64_t[]", sums), keep,
         )  # fmt: skip
-        return np.concatenate([done, pages])
+        return True
 
     def _check_epoch(self, pages: Pages) -> None:
         """Before pages are dropped because the store has them: has it?  One that was restarted may have come back
@@ -310,3 +356,9 @@ class Leaver:
     def has_failed_since(self, began: float) -> bool:
         """The store is away, and a request of that time (monotonic clock) has waited for it as long as it is to."""
         return self.away and self._retry.is_over(began)
+
+
+def _field(whole: npt.NDArray[np.uint8], name: str, kind: type[np.generic]) -> Any:
+    """An array of a `struct dmh_leaving`, in place."""
+    at = ffi.offsetof("struct dmh_leaving", name)
+    return whole[at : at + MOST_LEAVING * np.dtype(kind).itemsize].view(kind)

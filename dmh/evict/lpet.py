@@ -131,8 +131,8 @@ class Lpet:
             starved = not len(choice.evict)
             self._mark(choice.mark)
             if len(choice.evict):
-                self._leaver.evict(choice.evict)
-                moved = len(choice.evict) - self._keep_unmoved(choice.evict)
+                left = self._leaver.evict(choice.evict)
+                moved = len(choice.evict) - (self._keep_unmoved(left) if len(left) else 0)
                 quota -= moved
                 if not moved and not len(choice.mark):
                     break  # the victim buffer is full of what the store does not take: others have a turn
@@ -178,8 +178,11 @@ class Lpet:
         """Move these pages out now, whatever the policy thinks of them; returns those that the store did not take."""
         self.forget(pages)
         left = self._leaver.evict(pages)
-        self._keep_unmoved(pages)
-        return left
+        self._keep_unmoved(left)
+        states = self._table.words[left] & np.uint64(15)
+        held = (states == State.STAGED) | ((states == State.RESIDENT) & (self._table.pins[left] == 0))
+        held_pages: Pages = left[held]
+        return held_pages
 
     def pin(self, first: int, count: int) -> str | None:
         """Keep pages from being chosen until they are unpinned as often; returns what is wrong where that cannot be."""

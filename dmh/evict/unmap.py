@@ -8,8 +8,10 @@ that runs the program, 10 to 20 µs a page on virtual machines; unmapping a batc
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from dmh.native import ffi, lib
 log = logging.getLogger("dmh")
 
 Pages = npt.NDArray[np.uint64]
+
+LOOK_SECONDS = 1.0
+"""How often to look which processors the programs may run on."""
 
 
 def probe(proc: Path = PROC, cgroups: Path = CGROUPS) -> str | None:
@@ -49,7 +54,19 @@ class Unmapper:
         self._swap = SwapWatch(proc, cgroups)
         self._pids = ffi.new(f"int[{lib.DMH_MAX_VIEWS}]")
         self._paused: str | None = None
+        self._pays, self._looked_at = True, -LOOK_SECONDS
         lib.dmh_ctx_look(context)
+
+    @property
+    def pays(self) -> bool:
+        """Does unmapping scattered pages before they are captured cost less than it saves?  Not where the programs and
+        this process share one processor: there is no other to interrupt.
+        """
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_SECONDS:
+            self._looked_at = now
+            self._pays = len(_processors([os.getpid(), *self._programs()])) > 1
+        return self._pays
 
     def unmap(self, pages: Pages) -> None:
         """Unmap these pages (ascending for the sake of runs), if that is safe now."""
@@ -84,3 +101,12 @@ class Unmapper:
     def _programs(self) -> list[int]:
         n = lib.dmh_view_pids(self._context, self._pids, lib.DMH_MAX_VIEWS)
         return list(self._pids[0:n])
+
+
+def _processors(pids: list[int]) -> set[int]:
+    """Those that any of these processes may run on."""
+    found: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            found |= os.sched_getaffinity(pid)
+    return found

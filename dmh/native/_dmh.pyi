@@ -202,7 +202,9 @@ class lib:  # noqa: N801 - the name that cffi gives it
         n: int,
         slots: Pointer,
         outcome: Pointer,
-    ) -> int: ...
+    ) -> None: ...
+    @staticmethod
+    def dmh_leave(c: Pointer, pipe_out: int, pipe_in: int, pipe_bytes: int, l: Pointer) -> int: ...
     @staticmethod
     def dmh_settle(
         c: Pointer, pages: Pointer, n: int, slots: Pointer, outcome: Pointer, sums: Pointer, keep: int

@@ -75,8 +75,9 @@ struct dmh_lane {
 
 /* What the evictor is in the middle of, so that whoever comes after it can finish it. */
 struct dmh_journal {
-    uint64_t first, count;      /* the run of pages between splice and STAGED; count 0: none */
-    uint64_t read;              /* bytes of the run that are in their slots for sure */
+    uint64_t count;             /* pages between splice and STAGED; 0: none */
+    uint64_t read, end;         /* of their bytes: so many are in their slots for sure; so many were in the pipe before any beyond `read` was punched */
+    uint64_t page[1024];
     uint32_t slot[1024];
 };
 
@@ -248,8 +249,20 @@ int      dmh_heal(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint8_t 
 int      dmh_pipe(int *fds, uint64_t wanted);
 int      dmh_pipe_bytes(int fd);
 int      dmh_probe_capture(uint64_t page_size);
-int      dmh_capture(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes, const uint64_t *pages, uint64_t n,
+void     dmh_capture(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes, const uint64_t *pages, uint64_t n,
                      const uint32_t *slots, uint8_t *outcome);
+struct dmh_leaving {
+    uint64_t n;                 /* in: pages in page[] */
+    uint64_t rotor;             /* where to look for slots; kept from call to call */
+    uint64_t left;              /* out: how many at the end of page[] found no slot */
+    uint32_t stayed_n, lost_n;
+    uint64_t page[1024];        /* out, the first ones: STAGED, to be written */
+    uint64_t sum[1024];         /* their hashes, */
+    uint32_t slot[1024];        /* their slots */
+    uint64_t stayed[1024];      /* out: not RESIDENT, or pinned */
+    uint64_t lost[1024];        /* out: POISONED */
+};
+int      dmh_leave(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes, struct dmh_leaving *l);
 int      dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint32_t *slots, uint8_t *outcome,
                     uint64_t *sums, int keep);
 int      dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint32_t *slots, const uint64_t *sums,

@@ -8,6 +8,8 @@
 #include <sys/mman.h>
 #include <sys/uio.h>
 
+#define GROUP_RUNS 32
+
 /* A pipe of up to `wanted` bytes, as large as this user may have; returns its size. */
 int dmh_pipe(int *fds, uint64_t wanted)
 {
@@ -25,24 +27,41 @@ int dmh_pipe_bytes(int fd)
     return size < 0 ? -errno : size;
 }
 
-/* Move `bytes` at `offset` of the region into the pipe by reference; less than asked only when the pipe is full. */
-static uint64_t splice_in(int region_fd, uint64_t offset, uint64_t bytes, int pipe_in)
+/*
+ * A group of pages on its way out is a sequence of bytes: its pages' one after the other, wherever they lie in the region.  It moves in pieces as large as
+ * the pipe; most groups are one piece.
+ */
+
+/* How many bytes of the group at `at` (up to `end`) are neighbours in the region; *offset: where they begin. */
+static uint64_t neighbours(const struct dmh_ctx *c, const struct dmh_journal *j, uint64_t at, uint64_t end, uint64_t *offset)
 {
-    uint64_t moved = 0;
-    while (moved < bytes) {
-        off_t at = (off_t)(offset + moved);
-        ssize_t k = splice(region_fd, &at, pipe_in, NULL, bytes - moved, SPLICE_F_NONBLOCK);
+    const uint64_t shift = c->s->page_shift, size = c->s->page_size;
+    uint64_t i = at >> shift, k = 1;
+    *offset = j->page[i] * size + (at & (size - 1));
+    while (i + k < j->count && (i + k) * size < end && j->page[i + k] == j->page[i] + k)
+        k++;
+    return ((i + k) * size < end ? (i + k) * size : end) - at;
+}
+
+/* References to the group's bytes from `at` on, as far as the pipe has room; returns how many. */
+static uint64_t splice_in(struct dmh_ctx *c, const struct dmh_journal *j, uint64_t at, uint64_t end, int pipe_in)
+{
+    const uint64_t began = at;
+    while (at < end) {
+        uint64_t offset, part = neighbours(c, j, at, end, &offset);
+        off_t from = (off_t)offset;
+        ssize_t k = splice(c->region_fd, &from, pipe_in, NULL, part, SPLICE_F_NONBLOCK);
         if (k < 0 && errno == EINTR)
             continue;
         if (k <= 0)
             break;
-        moved += (uint64_t)k;
+        at += (uint64_t)k;
     }
-    return moved;
+    return at - began;
 }
 
-/* Read the next `bytes` of a run out of the pipe to where they belong in the run's slots; `at` is how far into the run they begin. */
-void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t bytes, const uint32_t *slots)
+/* The next `bytes` that are in the pipe, to the slots of the pages that they are of; `at`: how far into the group they begin. */
+void read_out(struct dmh_ctx *c, int pipe_out, const struct dmh_journal *j, uint64_t at, uint64_t bytes)
 {
     const uint64_t size = c->s->page_size;
     while (bytes) {
@@ -52,7 +71,7 @@ void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t bytes, cons
         while (asked < bytes && n < 64) {
             uint64_t page = (at + asked) / size, within = (at + asked) % size;
             uint64_t part = size - within < bytes - asked ? size - within : bytes - asked;
-            uint8_t *to = c->slots_base + slots[page] * size + within;
+            uint8_t *to = c->slots_base + j->slot[page] * size + within;
             if (n && (uint8_t *)v[n - 1].iov_base + v[n - 1].iov_len == to)
                 v[n - 1].iov_len += part; /* neighbouring slots */
             else
@@ -76,107 +95,141 @@ void drain(int pipe_out)
         ;
 }
 
-/*
- * The only copy moves from the region to the victim buffer.  The pipe holds a reference, not a copy, until the punch has
- * unmapped the page everywhere; after the punch nothing can write to it, and what the pipe then gives is its last content.
- * The first `moved` bytes of the run are in their slots already; the journal says how far the rest has come.
- */
-void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uint64_t moved, uint64_t bytes, const uint32_t *slots,
-              struct dmh_journal *journal)
+/* The pipe holds all of at .. end: take it out of the region. */
+static void punch_out(struct dmh_ctx *c, const struct dmh_journal *j, uint64_t at, uint64_t end)
 {
-    while (moved < bytes) {
-        uint64_t k = splice_in(c->region_fd, offset + moved, bytes - moved, pipe_in);
-        if (!k || k % DMH_KERNEL_PAGE)
-            dmh_die("splice moved %llu bytes of the region at offset %llu: %s", (unsigned long long)k,
-                    (unsigned long long)(offset + moved), strerror(errno));
-        AT(c, DMH_AT_SPLICED);
-        if (punch(c, offset + moved, k) < 0)
-            dmh_die("punching a hole at offset %llu failed: %s", (unsigned long long)(offset + moved), strerror(errno));
-        AT(c, DMH_AT_PUNCHED);
-        if (!nothing_present(c, offset + moved, k))
+    for (uint64_t part, offset; at < end; at += part) {
+        part = neighbours(c, j, at, end, &offset);
+        if (punch(c, offset, part) < 0)
+            dmh_die("punching a hole at offset %llu failed: %s", (unsigned long long)offset, strerror(errno));
+        if (!nothing_present(c, offset, part))
             dmh_die("offset %llu still has data after the punch (huge pages in shared memory?); stopping before a byte is "
-                    "lost", (unsigned long long)(offset + moved));
-        if (__builtin_expect(c->s->park == DMH_AT_READ_PARTLY + 1, 0) && k > DMH_KERNEL_PAGE) {
-            /* As if the kernel had given one page and been interrupted. */
-            read_out(c, pipe_out, moved, DMH_KERNEL_PAGE, slots);
-            AT(c, DMH_AT_READ_PARTLY);
-            moved += DMH_KERNEL_PAGE, k -= DMH_KERNEL_PAGE;
-        }
-        read_out(c, pipe_out, moved, k, slots);
-        moved += k;
-        STORE(&journal->read, moved);
+                    "lost", (unsigned long long)offset);
+        if (at + part < end)
+            AT(c, DMH_AT_PUNCHED_PARTLY);
     }
 }
 
 /*
- * Capture pages into victim slots: RESIDENT -> EVICTING -> STAGED, waking each run once it is published.
- * pages: ascending for the sake of runs.  slots[i] is for pages[i]; the slot of a page that is not captured stays the caller's.
- * Returns how many were captured (outcome DIRTY).
+ * The only copy moves from the region to the victim buffer.  The pipe holds references, not copies, until the punch has unmapped the pages everywhere;
+ * after the punch nothing can write to them, and what the pipe then gives is their last content.  The journal says how far the group has come: its first
+ * `read` bytes are in their slots, those up to `end` are in the pipe, whole or from some byte on, and in the region no more or still.
  */
-int dmh_capture(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes, const uint64_t *pages, uint64_t n,
-                const uint32_t *slots, uint8_t *outcome)
+void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, struct dmh_journal *j, uint64_t bytes)
+{
+    for (uint64_t at = j->read; at < bytes;) {
+        uint64_t k = splice_in(c, j, at, bytes, pipe_in);
+        if (!k || k % DMH_KERNEL_PAGE)
+            dmh_die("splice moved %llu of %llu bytes of page %llu and its group: %s", (unsigned long long)k,
+                    (unsigned long long)(bytes - at), (unsigned long long)j->page[at >> c->s->page_shift], strerror(errno));
+        STORE(&j->end, at + k);
+        AT(c, DMH_AT_SPLICED);
+        punch_out(c, j, at, at + k);
+        AT(c, DMH_AT_PUNCHED);
+        if (__builtin_expect(c->s->park == DMH_AT_READ_PARTLY + 1, 0) && k > DMH_KERNEL_PAGE) {
+            /* As if the kernel had given one page and been interrupted. */
+            read_out(c, pipe_out, j, at, DMH_KERNEL_PAGE);
+            AT(c, DMH_AT_READ_PARTLY);
+            at += DMH_KERNEL_PAGE, k -= DMH_KERNEL_PAGE;
+        }
+        read_out(c, pipe_out, j, at, k);
+        at += k;
+        STORE(&j->read, at);
+    }
+}
+
+/* Page i of the journal's group is EVICTING and not in memory: something outside dmh punched it (madvise(MADV_REMOVE)). */
+static void lose(struct dmh_ctx *c, uint64_t page, uint64_t word, uint32_t slot)
+{
+    STORE(&slot_flags(c->s)[slot], SLOT_ASIDE);
+    poison(c, page, word, 0);
+    dmh_release(c->s, 1);
+    count(c, DMH_C_POISONED, 1);
+}
+
+/*
+ * Capture one group into victim slots: RESIDENT -> EVICTING -> STAGED, and wake it once it is published.  pages: ascending; slots[i] is for pages[i], and stays
+ * the caller's where outcome[i] is not DIRTY.
+ */
+static void capture_group(struct dmh_ctx *c, int pipe_out, int pipe_in, const uint64_t *pages, uint64_t n, const uint32_t *slots, uint8_t *outcome)
 {
     const uint64_t size = c->s->page_size;
-    const uint64_t most = pipe_bytes > size ? pipe_bytes / size : 1;
-    uint64_t word[DMH_MAX_RUN];
-    struct dmh_journal *journal = dmh_journal_of(c->s);
-    int captured = 0;
-    memset(outcome, DMH_OUT_SKIPPED, n);
-    for (uint64_t i = 0, k; i < n; i += k ? k : 1) {
-        enter(c);
-        for (k = 0; i + k < n && k < most && k < DMH_MAX_RUN && (!k || pages[i + k] == pages[i] + k); k++) {
-            uint64_t page = pages[i + k];
-            word[k] = LOAD(&c->words[page]);
-            if (c->pins[page] || word_state(word[k]) != DMH_RESIDENT ||
-                !move_word(c, page, &word[k], DMH_EVICTING, c->worker, (int32_t)slots[i + k]))
-                break;
-            STORE(&slot_flags(c->s)[slots[i + k]], SLOT_NAMED);
-        }
-        if (!k) {
-            leave(c);
+    struct dmh_journal *j = dmh_journal_of(c->s);
+    uint64_t word[DMH_MAX_RUN], g = 0;
+    uint32_t place[DMH_MAX_RUN];
+    enter(c);
+    for (uint64_t i = 0; i < n; i++) {
+        word[g] = LOAD(&c->words[pages[i]]);
+        outcome[i] = DMH_OUT_SKIPPED;
+        if (c->pins[pages[i]] || word_state(word[g]) != DMH_RESIDENT ||
+            !move_word(c, pages[i], &word[g], DMH_EVICTING, c->worker, (int32_t)slots[i]))
             continue;
-        }
-        AT(c, DMH_AT_EVICTING);
-        if (!page_is_present(c, pages[i] * size, k * size)) {
-            /* Something outside dmh punched it (madvise(MADV_REMOVE)): splicing a hole would store zeros as data. */
-            for (uint64_t j = 0; j < k; j++) {
-                STORE(&slot_flags(c->s)[slots[i + j]], SLOT_ASIDE);
-                if (page_is_present(c, pages[i + j] * size, size)) {
-                    uint64_t back = word[j];
-                    move_word(c, pages[i + j], &back, DMH_RESIDENT, 0, -1);
-                    dmh_wake_pages(c, pages[i + j], 1);
-                    continue;
-                }
-                poison(c, pages[i + j], word[j], 0);
-                dmh_release(c->s, 1);
-                count(c, DMH_C_POISONED, 1);
-                outcome[i + j] = DMH_OUT_LOST;
+        STORE(&slot_flags(c->s)[slots[i]], SLOT_NAMED);
+        j->page[g] = pages[i], j->slot[g] = slots[i], place[g++] = (uint32_t)i;
+    }
+    AT(c, DMH_AT_EVICTING);
+    uint64_t there = 0;
+    for (uint64_t i = 0, k; i < g; i += k) {
+        for (k = 1; i + k < g && j->page[i + k] == j->page[i] + k; k++)
+            ;
+        int all = page_is_present(c, j->page[i] * size, k * size);
+        for (uint64_t at = i; at < i + k; at++) {
+            if (!all && !page_is_present(c, j->page[at] * size, size)) {
+                /* Splicing a hole would store zeros as data. */
+                lose(c, j->page[at], word[at], j->slot[at]);
+                outcome[place[at]] = DMH_OUT_LOST;
+                continue;
             }
-            leave(c);
-            continue;
+            j->page[there] = j->page[at], j->slot[there] = j->slot[at], word[there] = word[at], place[there++] = place[at];
         }
-        memcpy(journal->slot, slots + i, k * sizeof *slots);
-        journal->first = pages[i];
-        journal->read = 0;
-        STORE(&journal->count, k);
+    }
+    if (there) {
+        j->read = j->end = 0;
+        STORE(&j->count, there);
         AT(c, DMH_AT_JOURNALED);
-        move_out(c, pipe_out, pipe_in, pages[i] * size, 0, k * size, slots + i, journal);
+        move_out(c, pipe_out, pipe_in, j, there * size);
         AT(c, DMH_AT_READ);
-        for (uint64_t j = 0; j < k; j++) {
-            if (!move_word(c, pages[i + j], &word[j], DMH_STAGED, 0, (int32_t)slots[i + j]))
-                dmh_die("page %llu: an eviction was changed by somebody else", (unsigned long long)pages[i + j]);
-            outcome[i + j] = DMH_OUT_DIRTY;
+        for (uint64_t i = 0; i < there; i++) {
+            if (!move_word(c, j->page[i], &word[i], DMH_STAGED, 0, (int32_t)j->slot[i]))
+                dmh_die("page %llu: an eviction was changed by somebody else", (unsigned long long)j->page[i]);
+            outcome[place[i]] = DMH_OUT_DIRTY;
             AT(c, DMH_AT_STAGED);
         }
-        STORE(&journal->count, 0ull);
-        dmh_release(c->s, k);
-        leave(c);
-        AT(c, DMH_AT_RELEASED);
-        dmh_wake_pages(c, pages[i], k);
-        captured += (int)k;
+        STORE(&j->count, 0ull);
+        dmh_release(c->s, there);
     }
-    count(c, DMH_C_EVICTED, (uint64_t)captured);
-    return captured;
+    leave(c);
+    AT(c, DMH_AT_RELEASED);
+    for (uint64_t i = 0, k; i < there; i += k) {
+        for (k = 1; i + k < there && j->page[i + k] == j->page[i] + k; k++)
+            ;
+        dmh_wake_pages(c, j->page[i], k);
+    }
+    count(c, DMH_C_EVICTED, there);
+}
+
+/*
+ * How many of these pages make one group.  A pipeful: then it moves in one piece.  Scattered pages are few, because each takes as long as a run, and who
+ * faults on any of them waits for all.
+ */
+static uint64_t group_of(const struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint64_t pipe_bytes)
+{
+    const uint64_t most = pipe_bytes > c->s->page_size ? pipe_bytes >> c->s->page_shift : 1;
+    uint64_t k = 1;
+    for (int runs = 1; k < n && k < most && k < DMH_MAX_RUN; k++)
+        if (pages[k] != pages[k - 1] + 1 && ++runs > GROUP_RUNS)
+            break;
+    return k;
+}
+
+/* Capture pages (ascending) into slots; slots[i] stays the caller's where outcome[i] is not DIRTY. */
+void dmh_capture(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes, const uint64_t *pages, uint64_t n, const uint32_t *slots,
+                 uint8_t *outcome)
+{
+    for (uint64_t i = 0, k; i < n; i += k) {
+        k = group_of(c, pages + i, n - i, pipe_bytes);
+        capture_group(c, pipe_out, pipe_in, pages + i, k, slots + i, outcome + i);
+    }
 }
 
 /*
@@ -234,6 +287,47 @@ int dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint3
     }
     AT(c, DMH_AT_SETTLED);
     return dirty;
+}
+
+/*
+ * Resident pages (ascending) out, as far as it goes without the DMS: captured and settled, a group at a time, so that a clean page's slot is in the
+ * processor's cache from the read to the hash and serves the next group.  What has to be written comes first in pages[], slots[] and sums[] afterwards;
+ * returns how many that is.  *taken: how many of the pages were looked at; less than n where slots ran out.  stayed[]: those that are still where they
+ * were, *nstayed.  lost[] (room for n): those that were not in memory any more, *nlost.
+ */
+int dmh_leave(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes, struct dmh_leaving *l)
+{
+    uint64_t dirty = 0, i = 0, k = 0;
+    l->stayed_n = l->lost_n = 0;
+    for (; i < l->n; i += k) {
+        uint32_t slots[DMH_MAX_RUN];
+        uint64_t sums[DMH_MAX_RUN], *pages = l->page + i;
+        uint8_t outcome[DMH_MAX_RUN];
+        k = group_of(c, pages, l->n - i, pipe_bytes);
+        /* The lowest free ones, which were used last; unless most are taken, and looking for those would take long. */
+        uint64_t from = 2 * LOAD(&c->s->staged) < c->s->slots ? 0 : l->rotor;
+        k = (uint64_t)dmh_take_slots(c, slots, k, from);
+        if (!k)
+            break;
+        l->rotor = (slots[k - 1] + 1) % c->s->slots;
+        capture_group(c, pipe_out, pipe_in, pages, k, slots, outcome);
+        dmh_return_slots(c, slots, outcome, k);
+        uint64_t g = 0;
+        for (uint64_t m = 0; m < k; m++) {
+            if (outcome[m] == DMH_OUT_DIRTY)
+                l->page[dirty + g] = pages[m], slots[g++] = slots[m]; /* dirty <= i: nothing is overwritten that is still needed */
+            else if (outcome[m] == DMH_OUT_LOST)
+                l->lost[l->lost_n++] = pages[m];
+            else
+                l->stayed[l->stayed_n++] = pages[m];
+        }
+        dmh_settle(c, l->page + dirty, g, slots, outcome, sums, 0);
+        for (uint64_t m = 0, at = dirty; m < g; m++)
+            if (outcome[m] == DMH_OUT_DIRTY)
+                l->page[dirty] = l->page[at + m], l->slot[dirty] = slots[m], l->sum[dirty++] = sums[m];
+    }
+    l->left = l->n - i;
+    return (int)dirty;
 }
 
 /* The DMS has these pages now: STAGED -> STORED, slots freed.  Returns how many were not taken back meanwhile. */
@@ -393,7 +487,8 @@ int dmh_probe_capture(uint64_t page_size)
     if (!r) {
         madvise(m, bytes, MADV_NOHUGEPAGE);
         memset(m, 1, bytes);
-        uint64_t k = splice_in(fd, 0, DMH_KERNEL_PAGE, p[1]);
+        off_t from = 0;
+        ssize_t k = splice(fd, &from, p[1], NULL, DMH_KERNEL_PAGE, SPLICE_F_NONBLOCK);
         memset(m, 2, DMH_KERNEL_PAGE); /* through the reference, the pipe must see this */
         if (k != DMH_KERNEL_PAGE || fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, DMH_KERNEL_PAGE) < 0)
             r = -(errno ? errno : EIO);

@@ -104,47 +104,46 @@ static void settle_eviction(struct dmh_ctx *c, uint64_t page, uint64_t word)
     }
 }
 
-/* How many bytes at the start of the run are out of the region. */
-static uint64_t bytes_out(struct dmh_ctx *c, uint64_t offset, uint64_t bytes)
+/* How many bytes at the start of the group are out of the region. */
+static uint64_t bytes_out(struct dmh_ctx *c, const struct dmh_journal *j, uint64_t bytes)
 {
+    const uint64_t size = c->s->page_size;
     uint64_t out = 0;
-    while (out < bytes && !pages_present(c, offset + out, DMH_KERNEL_PAGE))
+    while (out < bytes && !pages_present(c, j->page[out / size] * size + out % size, DMH_KERNEL_PAGE))
         out += DMH_KERNEL_PAGE;
     return out;
 }
 
 /*
- * The run that the journal names.  journal->read bytes of it were read into their slots for sure.  What is out of the region beyond them was
- * punched as one piece, and the pipe holds the end of that piece that was not read yet.  Where nothing beyond them is out, the pipe holds
- * references to pages that are still in the region: they go.
+ * The group that the journal names.  Its first `read` bytes were read into their slots for sure.  Those from there to `end` are in the pipe, but for
+ * a beginning that may have been read as well; so they are read, though some may still be in the region, too.  What is out of the region is in its slot then.
  */
-static void finish_run(struct dmh_ctx *c, int pipe_out, int pipe_in, struct dmh_journal *journal)
+static void finish_group(struct dmh_ctx *c, int pipe_out, int pipe_in, struct dmh_journal *j)
 {
-    const uint64_t size = c->s->page_size, first = journal->first, offset = first * size, bytes = journal->count * size;
+    const uint64_t size = c->s->page_size, bytes = j->count * size;
     int piped = 0;
     if (ioctl(pipe_out, FIONREAD, &piped) < 0)
         dmh_die("the capture pipe cannot be looked into: %s", strerror(errno));
-    uint64_t out = 0;
-    if (mine(c, LOAD(&c->words[first]), DMH_EVICTING)) {
-        out = bytes_out(c, offset, bytes);
-        if (out > journal->read) {
-            read_out(c, pipe_out, out - (uint64_t)piped, (uint64_t)piped, journal->slot);
-        } else {
-            drain(pipe_out);
-        }
+    uint64_t out = bytes; /* where publishing had begun, all had been read */
+    if (mine(c, LOAD(&c->words[j->page[0]]), DMH_EVICTING)) {
+        if (j->end > j->read)
+            read_out(c, pipe_out, j, j->end - (uint64_t)piped, (uint64_t)piped);
+        else
+            drain(pipe_out); /* a piece that was not complete: nothing of it was punched */
+        out = bytes_out(c, j, bytes);
         /* A page that is out in part must go out whole. */
         uint64_t whole = (out + size - 1) & ~(size - 1);
-        move_out(c, pipe_out, pipe_in, offset, out, whole, journal->slot, journal);
+        STORE(&j->end, out);
+        STORE(&j->read, out);
+        move_out(c, pipe_out, pipe_in, j, whole);
         out = whole;
-    } else {
-        out = bytes; /* publishing had begun, so all had been read */
     }
-    for (uint64_t i = 0; i < journal->count; i++) {
-        uint64_t word = LOAD(&c->words[first + i]);
+    for (uint64_t i = 0; i < j->count; i++) {
+        uint64_t word = LOAD(&c->words[j->page[i]]);
         if (mine(c, word, DMH_EVICTING) && i * size < out)
-            set(c, first + i, word, DMH_STAGED, 0, (int32_t)journal->slot[i]);
+            set(c, j->page[i], word, DMH_STAGED, 0, (int32_t)j->slot[i]);
     }
-    STORE(&journal->count, 0ull);
+    STORE(&j->count, 0ull);
 }
 
 /* Room and slots, counted anew from the words.  Everybody else is outside, so the words are all there is to count. */
@@ -188,7 +187,7 @@ int64_t dmh_recover(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t *part
     uint64_t n = 0;
     freeze(c);
     if (pipe_out >= 0 && LOAD(&journal->count))
-        finish_run(c, pipe_out, pipe_in, journal);
+        finish_group(c, pipe_out, pipe_in, journal);
     if (pipe_out >= 0)
         drain(pipe_out);
     for (uint64_t page = 0; page < s->pages; page++) {

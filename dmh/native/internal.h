@@ -166,9 +166,8 @@ static inline void leave(struct dmh_ctx *c)
 long futex(uint32_t *word, int op, uint32_t value, const struct timespec *timeout);
 void dmh_free_slot(struct dmh_ctx *c, uint32_t slot);
 void drain(int pipe_out);
-void read_out(struct dmh_ctx *c, int pipe_out, uint64_t at, uint64_t bytes, const uint32_t *slots);
-void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t offset, uint64_t moved, uint64_t bytes, const uint32_t *slots,
-              struct dmh_journal *journal);
+void read_out(struct dmh_ctx *c, int pipe_out, const struct dmh_journal *j, uint64_t at, uint64_t bytes);
+void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, struct dmh_journal *j, uint64_t bytes);
 int uffd_open_as(int kind); /* DMH_UFFD_...; a descriptor, or -errno */
 void note_birth(struct dmh_ctx *c, struct dmh_birth birth);
 uint64_t reserve_but(struct dmh_shared *s, uint64_t wanted, uint64_t keep);

@@ -30,8 +30,8 @@ OpenRegion = Callable[..., dmh.Region]
 FAULT_STEPS = ("reserved", "claimed", "copied", "published")
 POOL_STEPS = ("fetched",)
 EVICTION_STEPS = (
-    "slots_taken", "evicting", "journaled", "spliced", "punched", "read_partly", "read", "staged", "released",
-    "settled", "put", "summed", "acknowledged",
+    "slots_taken", "evicting", "journaled", "spliced", "punched_partly", "punched", "read_partly", "read", "staged",
+    "released", "settled", "put", "summed", "acknowledged",
 )  # fmt: skip
 
 LIMITS = (
