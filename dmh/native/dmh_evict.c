@@ -249,7 +249,7 @@ int dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint3
         /* A flush wants the content that was captured, also where the page was taken back since. */
         if (!keep && (word_state(w) != DMH_STAGED || word_slot(w) != (int32_t)slots[i]))
             continue;
-        /* Taken back from here on, the slot's bytes stay: only this process gives slots out. */
+        /* Taken back from here on, the slot's bytes stay: only this thread gives slots out. */
         if (dmh_is_zero(content, size)) {
             if (keep) {
                 outcome[i] = DMH_OUT_ZERO;
@@ -327,7 +327,15 @@ int dmh_leave(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes,
                 l->page[dirty] = l->page[at + m], l->slot[dirty] = slots[m], l->sum[dirty++] = sums[m];
     }
     l->left = l->n - i;
-    return (int)dirty;
+    /* A page that was taken back gave up its slot, and another page may be in it by now. */
+    uint64_t still = 0;
+    for (uint64_t m = 0; m < dirty; m++) {
+        uint64_t w = LOAD(&c->words[l->page[m]]);
+        if (word_state(w) == DMH_STAGED && word_slot(w) == (int32_t)l->slot[m])
+            l->page[still] = l->page[m], l->slot[still] = l->slot[m], l->sum[still++] = l->sum[m];
+    }
+    count(c, DMH_C_TAKEN_BACK, dirty - still);
+    return (int)still; /* from here on slots that are given up keep their bytes: nobody is given any until these are written */
 }
 
 /* The DMS has these pages now: STAGED -> STORED, slots freed.  Returns how many were not taken back meanwhile. */

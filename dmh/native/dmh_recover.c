@@ -236,7 +236,7 @@ int dmh_install_rest(struct dmh_ctx *c, uint64_t page, const uint8_t *content)
 /* Whoever waits for a page of the region looks again: the kernel raises again every fault that still matters. */
 void dmh_wake_all(struct dmh_ctx *c) { dmh_wake_pages(c, 0, c->s->pages + 1); } /* and who waits in a birth page behind them */
 
-/* Tests: this worker stops here, once, and says so. */
+/* Tests: this worker stops here, once, and says so; it goes on when they clear `parked`. */
 void dmh_step(struct dmh_ctx *c, uint32_t step)
 {
     uint32_t here = step + 1;
@@ -244,6 +244,7 @@ void dmh_step(struct dmh_ctx *c, uint32_t step)
         return;
     STORE(&c->s->parked, c->worker + 1);
     futex(&c->s->parked, FUTEX_WAKE, INT_MAX, NULL);
+    const struct timespec soon = { 0, 2000000 }; /* they do not wake */
     while (LOAD(&c->s->parked) == c->worker + 1)
-        futex(&c->s->parked, FUTEX_WAIT, c->worker + 1, NULL);
+        futex(&c->s->parked, FUTEX_WAIT, c->worker + 1, &soon);
 }

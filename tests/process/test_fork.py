@@ -335,7 +335,6 @@ class TestFollowed:
             assert program.stdin is not None
             assert program.stdout is not None
             assert program.stdout.readline() == "ready\n"
-            monitor = int(look.table.raw.pids[0])
             look.table.raw.park = NUMBERS["claimed"] + 1
             program.stdin.write("touch\n")
             program.stdin.flush()
@@ -345,8 +344,6 @@ class TestFollowed:
             wchan = Path(f"/proc/{program.pid}/task/{program.pid}/wchan")
             wait_until(lambda: "userfault" in wchan.read_text(), "fork() waits for its announcement to be read")
             look.table.raw.parked = 0
-            os.kill(monitor, signal.SIGSTOP)  # so that it looks whether it is still to stand there
-            os.kill(monitor, signal.SIGCONT)
             assert program.stdout.readline() == "forked 0\n"
 
     def test_everything_dies_at_once(self, tmp_path: Path) -> None:

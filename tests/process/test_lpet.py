@@ -5,16 +5,19 @@ evicted, and faults do not wait for evictions.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from regions import inside
+from regions import inside, wait_until
 
 import dmh
 from dmh.cli.main import main
 from dmh.errors import KernelError
 from dmh.evict.idle import choose_source
+from dmh.lspt.states import State
+from dmh.lspt.steps import NUMBERS
 
 OpenRegion = Callable[..., dmh.Region]
 
@@ -102,3 +105,25 @@ def test_bench_policies_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(live) == set(simulated) == {"zipf 50%"}
     for case, value in live.items():
         assert value == pytest.approx(simulated[case], rel=0.25)
+
+
+def test_a_page_that_is_taken_back_before_it_is_written(open_region: OpenRegion) -> None:
+    """Its slot is free then, and the next pages of the same batch may be in it when the batch is written."""
+    region = open_region("region.size=8MiB", "memory.limit=4MiB", "evictor.buffer=300 pages", "prefetch.enabled=false")
+    array = region.empty((600, 512), "u8")
+    first = region.offset_of(array) // region.page_size
+    array[:] = np.arange(600)[:, None]
+    with inside(region) as look:
+        raw = look.table.raw
+        raw.park = NUMBERS["settled"] + 1
+        evicting = threading.Thread(target=region.evict, args=(array,))
+        evicting.start()
+        wait_until(lambda: raw.parked != 0, "the evictor has captured pages, and written none")
+        staged = [page for page in range(600) if look.table.state(first + page) is State.STAGED]
+        assert 0 < len(staged) < 600, "the batch has more pages than one group"
+        assert (array[staged[0]] == staged[0]).all()  # a soft fault: it is taken back
+        raw.parked = 0
+        evicting.join()
+    for _ in range(2):
+        region.evict(array)
+        assert (array == np.arange(600)[:, None]).all()
