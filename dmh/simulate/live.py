@@ -36,6 +36,7 @@ EVICTOR = 1
 """LPET's number in the table; the program is 0, as the monitor would be."""
 LOOKS_EVERY = 1.0
 """Seconds after which an evictor that nobody rings looks again."""
+LATE_EVERY = 8
 SHORT_US = 2000.0
 """How long it waits where it has found too little to evict."""
 STUCK = 1000
@@ -57,6 +58,8 @@ class Pace:
     hard: float = 16.0
     wake: float = 1000.0
     """From a ring to LPET's first step: the program and who serves its faults keep both processors busy."""
+    late: float = 5000.0
+    """The same, one time in LATE_EVERY: a slice of the scheduler's.  The reserve is as large as such peaks ask for."""
     batch: float = 60.0
     """Of pages that leave, beside the pages: asking the policy, writing."""
     capture: float = 4.0
@@ -144,6 +147,7 @@ class _World:
         )  # fmt: skip
         self.program.now = self.now = 10**9  # LPET takes 0 for never
         self.taken = 0.0
+        self.wakes = 0
 
     def lpet(self, policy: Policy) -> Lpet:
         """As the evictor makes it."""
@@ -222,8 +226,9 @@ class _World:
     def wait(self) -> None:
         """LPET sleeps until it is rung, and wakes up."""
         self._go_on(self.now + round(LOOKS_EVERY * 1e9), while_unrung=True)
-        self.now = max(int(self.program.now), self.now) + round(self.pace.wake * 1000)
-        self._go_on(self.now)
+        self.now = max(int(self.program.now), self.now)
+        self.wakes += 1
+        self.rest(self.pace.wake if self.wakes % LATE_EVERY else self.pace.late)
 
     def _go_on(self, until: int, *, while_unrung: bool = False) -> None:
         arrays = pointer(self.trace, "uint64_t[]"), len(self.trace), pointer(self.mapped)

@@ -5,6 +5,7 @@ evicted, and faults do not wait for evictions.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +19,7 @@ from dmh.errors import KernelError
 from dmh.evict.idle import choose_source
 from dmh.evict.policies import policy_class
 from dmh.simulate.generators import make_trace
-from dmh.simulate.live import Setting, replay_live
+from dmh.simulate.live import Pace, Setting, replay_live
 from dmh.simulate.replay import replay
 
 OpenRegion = Callable[..., dmh.Region]
@@ -112,14 +113,16 @@ def test_a_simulated_service_has_the_hard_faults_of_a_live_one(open_region: Open
     array = region.empty((pages, 512), "u8")
     array[:] = 1
     region.evict(array)
-    before = region.stats().counters["hard"]
+    before, began = region.stats().counters["hard"], time.monotonic()
     touch_at(address(array), accesses * np.uint64(4096))
+    seconds = time.monotonic() - began
     hard = region.stats().counters["hard"] - before
 
+    pace = Pace(use=0.0, hard=1e6 * seconds / hard)
     setting = Setting.of(settings(*overrides), idle)
     assert setting.limits.buffer == region.stats().slots
     made = policy_class(policy)(pages, setting.reckoned, accessed=setting.accessed)
-    simulated = replay_live(made, accesses, pages, setting, filled=True).hard
+    simulated = replay_live(made, accesses, pages, setting, pace, filled=True).hard
     assert hard == pytest.approx(simulated, rel=0.1)
     limit = setting.limits.limit
     made = policy_class(policy)(pages, limit, accessed=setting.accessed)

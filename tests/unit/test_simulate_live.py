@@ -22,7 +22,7 @@ from dmh.simulate.live import Pace, Setting, replay_live
 from dmh.simulate.replay import Outcome, replay
 
 PAGES = 400
-AT_ONCE = Pace(wake=0, batch=0, capture=0, write=0, call=0, mark=0, look=0)
+AT_ONCE = Pace(wake=0, late=0, batch=0, capture=0, write=0, call=0, mark=0, look=0)
 """LPET is done with everything before the program's next use."""
 
 
@@ -87,6 +87,15 @@ class Watched(Policy):
         self.inner.validate()
 
 
+@pytest.mark.parametrize("name", ["auto", "s3fifo", "idle-walk"])
+@pytest.mark.parametrize("idle", ["none", "unmap", "buffer"])
+def test_policies_from_elsewhere_run_as_well(name: str, idle: str) -> None:
+    if (name, idle) == ("idle-walk", "none"):
+        pytest.skip("it evicts only what it has marked")
+    trace, of = make_trace("zipf-with-scans", PAGES), setting(adaptive=True, idle=idle)
+    assert replay_live(Watched(name, of), trace, PAGES, of) == run(name, trace, of)
+
+
 @pytest.mark.parametrize("name", ["zipf", "scan-with-hot-set", "quick-sort"])
 @pytest.mark.parametrize(("high", "low"), [(170, 169), (170, 150), (100, 40)])
 def test_an_lpet_that_takes_no_time_does_what_the_plain_replay_does(name: str, high: int, low: int) -> None:
@@ -109,7 +118,7 @@ def test_it_evicts_in_batches_from_the_high_threshold_to_the_low_one() -> None:
 
 def test_what_lpet_takes_too_long_for_is_waited_for_at_the_hard_bound() -> None:
     of = setting(high=170, low=150)
-    late = replace(AT_ONCE, wake=10_000.0)
+    late = replace(AT_ONCE, wake=10_000.0, late=10_000.0)
     policy = Watched("fifo", of)
     trace = make_trace("loop", PAGES)
     outcome = replay_live(policy, trace, PAGES, of, late)
