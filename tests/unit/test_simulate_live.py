@@ -151,6 +151,15 @@ class TestMarks:
         assert with_marks.marks > 500
         assert with_marks.hard < 0.9 * run("clock", self.HOT, setting(idle="none")).hard
 
+    def test_they_tell_of_the_uses_since(self) -> None:
+        """With marks that cost nothing CLOCK keeps as much as in the plain replay, which marks at once."""
+        trace = make_trace("zipf", PAGES)
+        outcome = run("clock", trace, setting(high=170, low=169, idle="unmap"), AT_ONCE)
+        plain = replay(policy_class("clock")(PAGES, 170, accessed=True), trace, PAGES, 170, 169)
+        fifo = replay(policy_class("fifo")(PAGES, 170), trace, PAGES, 170, 169)
+        assert outcome.hard == pytest.approx(plain.hard, rel=0.02)
+        assert plain.hard < 0.95 * fifo.hard
+
     def test_they_end_with_the_budget(self) -> None:
         little, much = (run("clock", self.HOT, setting(idle="unmap", budget=share)) for share in (0.001, 1.0))
         assert 0 < little.marks < 0.7 * much.marks
