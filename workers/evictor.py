@@ -26,7 +26,7 @@ from dmh.evict.budget import MarkBudget
 from dmh.evict.heal import Healer
 from dmh.evict.idle import open_source
 from dmh.evict.leave import Leaver
-from dmh.evict.lpet import Lpet
+from dmh.evict.lpet import Lpet, local_in_use
 from dmh.evict.policies import policy_class
 from dmh.evict.reserve import Reserve
 from dmh.evict.unmap import Unmapper
@@ -64,8 +64,7 @@ class Evictor:
             self.leaver.distrust()  # the store may have been restarted as well, and who would have noticed is dead
         self.recording = TraceWriter(**setup.record, resume=setup.restarted) if setup.record else None
         source = open_source(setup.idle, worker.context, self.table, self.leaver, unmapper)
-        # A policy reckons with what is local at any time, after LPET's runs as well as before them.
-        limit = setup.low if setup.adaptive else setup.high
+        limit = local_in_use(setup.high, setup.low, adaptive=setup.adaptive)
         self.lpet = Lpet(
             self.table,
             policy_class(setup.policy)(self.table.pages, limit, accessed=source.accessed, seed=setup.number),
@@ -74,7 +73,7 @@ class Evictor:
             high=setup.high,
             low=setup.low,
             budget=MarkBudget(setup.mark_budget),
-            reserve=_reserve(int(self.table.raw.resident_max), setup.low) if setup.adaptive else None,
+            reserve=Reserve.of(int(self.table.raw.resident_max), setup.low) if setup.adaptive else None,
             batch=setup.batch,
             number=setup.number,
             recording=self.recording,
@@ -198,11 +197,6 @@ class Evictor:
         if not outages and not reason:
             return "available"
         return f"unavailable since {now - min([now, *outages]):.0f} s: {reason or 'see the log'}"
-
-
-def _reserve(resident_max: int, low: int) -> Reserve:
-    """From 1/256 of the memory to most of what lies above the low threshold: then runs end above it, too."""
-    return Reserve(least=max(resident_max // 256, 1), most=max((resident_max - low) * 3 // 4, 1))
 
 
 def main() -> None:

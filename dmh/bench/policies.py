@@ -9,15 +9,19 @@
 The first three are lists of pages that a C loop touches.  Sort and PageRank are NumPy programs; what they touch is
 recorded first (`record.file`), with so little local memory that nearly every change of page is a fault.  Each runs with
 25 and 50 % of its pages local, read-ahead off, everything in the store at the start, under FIFO and under the default
-policy; `simulated` is `dmh simulate`'s replay of the list or recording, memory.limit being all it has.
+policy.  `simulated` is the simulator's run of a service with the same configuration over the list or recording
+(`dmh.simulate.live`), where faults come as fast as they did live; `ideal` its plain replay, in which the policy has all
+of memory.limit, page by page, and marks are made at once.
 
 Figures are hard faults a thousand accesses, and of each live run the faults that waited for an eviction, a thousand
-faults.  The last lines are the geometric means over all cases.
+faults.  The last lines are the geometric means over all cases, and how far the live figures are from the simulated ones
+at most.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,14 +31,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dmh.bench.rows import Progress, Row
-from dmh.bench.subject import MismatchError, Options, service
+from dmh.bench.subject import MismatchError, Options, service, settings
 from dmh.bench.work import address, touch_at
-from dmh.config.model import EvictorConfig
+from dmh.config.model import Config, EvictorConfig
 from dmh.evict.policies import policy_class
 from dmh.observe.trace import read_trace
 from dmh.region.region import Region
 from dmh.simulate.generators import make_trace
-from dmh.simulate.replay import replay
+from dmh.simulate.live import Pace, Setting, replay_live
+from dmh.simulate.replay import Outcome, replay
 
 PAGES, QUICK_PAGES = 4096, 512
 SHARES = (0.25, 0.5)
@@ -85,8 +90,12 @@ def run(options: Options, progress: Progress) -> list[Row]:
                 progress(f"policies {case}: {policy}")
                 live = measure(options, workload, share, policy)
                 found[subject] = 1000 * live.hard / len(accesses)
-                simulated = simulate(accesses, workload.pages, share, policy, accessed=live.accessed)
-                found[f"{subject}, simulated"] = 1000 * simulated / len(accesses)
+                setting = Setting.of(configuration(options, workload, share, policy), live.idle)
+                for name, outcome in (
+                    ("simulated", simulate(accesses, workload.pages, policy, setting, live.pace)),
+                    ("ideal", idealise(accesses, workload.pages, policy, setting)),
+                ):
+                    found[f"{subject}, {name}"] = outcome.per_thousand(outcome.hard)
                 waits = 1000 * live.waits / max(live.faults, 1)
                 rows.append(_row(case, subject, "waits a 1000 faults", waits))
             rows += [
@@ -97,6 +106,9 @@ def run(options: Options, progress: Progress) -> list[Row]:
             ratios.setdefault("default / fifo", []).append(found["default"] / found["fifo"])
     for name, values in ratios.items():
         rows.append(_row("all", name, "hard faults, geometric mean", float(np.exp(np.mean(np.log(values))))))
+        if name.endswith("simulated"):
+            furthest = max(abs(np.log(values)))
+            rows.append(_row("all", name, "hard faults, times apart at most", float(np.exp(furthest))))
     return rows
 
 
@@ -114,31 +126,37 @@ def _default_policy() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """Counts of one live run, and whether its idle source told of uses."""
+    """Counts of one live run, its idle source, and how long it took."""
 
     hard: int
     faults: int
     waits: int
-    accessed: bool
+    idle: str
+    seconds: float
+
+    @property
+    def pace(self) -> Pace:
+        """As fast as faults came here; what the program did between them is in it."""
+        return Pace(use=0.0, hard=1e6 * self.seconds / max(self.hard, 1))
 
 
 def measure(options: Options, workload: Workload, share: float, policy: str) -> Live:
     """Run a workload with a share of its pages local."""
-    limit = int(workload.pages * share) * options.page_size
-    with _filled(options, workload, limit, f"evictor.policy={policy}") as (region, array):
-        before = region.stats()
+    with _filled(options, workload, share, f"evictor.policy={policy}") as (region, array):
+        before, began = region.stats(), time.monotonic()
         workload.run(array)
+        seconds = time.monotonic() - began
         after = region.stats()
     counts = {name: after.counters[name] - before.counters[name] for name in ("hard", "faults", "room_waits")}
-    return Live(counts["hard"], counts["faults"], counts["room_waits"], after.idle in ("unmap", "page_idle"))
+    return Live(counts["hard"], counts["faults"], counts["room_waits"], after.idle, seconds)
 
 
 def record(options: Options, workload: Workload) -> Trace:
     """The pages that a program uses, as recorded with little local memory."""
-    limit = max(int(workload.pages * RECORDING_SHARE), 16) * options.page_size
+    share = max(RECORDING_SHARE, 16 / workload.pages)
     with tempfile.TemporaryDirectory(prefix="dmh-bench-") as directory:
         path = Path(directory) / "trace"
-        with _filled(options, workload, limit, "evictor.policy=fifo", f"record.file={path}") as (region, array):
+        with _filled(options, workload, share, "evictor.policy=fifo", f"record.file={path}") as (region, array):
             first = region.offset_of(array) // options.page_size
             began = region.stats().counters["faults"]
             workload.run(array)
@@ -146,19 +164,38 @@ def record(options: Options, workload: Workload) -> Trace:
 
 
 @contextmanager
-def _filled(options: Options, workload: Workload, limit: int, *settings: str) -> Iterator[tuple[Region, Words]]:
-    size = workload.pages * options.page_size
-    with service(options, size=2 * size, limit=limit, prefetch=False, more=settings) as region:
-        array = region.empty(size // 8, "u8")
+def _filled(options: Options, workload: Workload, share: float, *more: str) -> Iterator[tuple[Region, Words]]:
+    size, limit = _sizes(options, workload, share)
+    with service(options, size=size, limit=limit, prefetch=False, more=more) as region:
+        array = region.empty(workload.pages * options.page_size // 8, "u8")
         workload.fill(array)
         region.evict(array)
         yield region, array
 
 
-def simulate(accesses: Trace, pages: int, share: float, policy: str, *, accessed: bool) -> int:
-    """Hard faults of the same accesses by the simulator."""
-    limit = int(pages * share)
-    return replay(policy_class(policy)(pages, limit, accessed=accessed), accesses, pages, limit).hard
+def _sizes(options: Options, workload: Workload, share: float) -> tuple[int, int]:
+    """Bytes of the region, and of the memory for it."""
+    return 2 * workload.pages * options.page_size, int(workload.pages * share) * options.page_size
+
+
+def configuration(options: Options, workload: Workload, share: float, policy: str) -> Config:
+    """What `measure` runs with."""
+    size, limit = _sizes(options, workload, share)
+    return settings(
+        options, Path("/"), size=size, limit=limit, prefetch=False, more=[f"evictor.policy={policy}"]
+    )  # fmt: skip
+
+
+def simulate(accesses: Trace, pages: int, policy: str, setting: Setting, pace: Pace) -> Outcome:
+    """The same accesses in a simulated service, which begins as the live one does: filled, and all of it evicted."""
+    made = policy_class(policy)(pages, setting.reckoned, accessed=setting.accessed)
+    return replay_live(made, accesses, pages, setting, pace, filled=True)
+
+
+def idealise(accesses: Trace, pages: int, policy: str, setting: Setting) -> Outcome:
+    """The same accesses where the policy has all of the memory."""
+    limit = setting.limits.limit
+    return replay(policy_class(policy)(pages, limit, accessed=setting.accessed), accesses, pages, limit)
 
 
 # ---- the workloads

@@ -32,7 +32,7 @@ from dmh.bench.floor import FloorPager
 from dmh.bench.mapped import MappedFile, Swapped, why_no_swap
 from dmh.bench.rows import Progress
 from dmh.bench.work import Memory, fill_all
-from dmh.config import loads
+from dmh.config import Config, loads
 from dmh.errors import DmhError, KernelError
 from dmh.region.region import Region, open_region
 
@@ -82,18 +82,34 @@ def service(
 ) -> Iterator[Region]:
     """A region of `size` bytes with `limit` bytes local; `more` are settings as for ``--set``."""
     with tempfile.TemporaryDirectory(prefix="dmh-bench-", dir="/var/tmp") as directory:
-        url = {"file": f"file://{Path(directory) / 'pages'}", "memory": "memory:"}.get(options.store, options.store)
-        config = loads(
-            f"region: {{name: bench-{os.getpid()}-{next(_numbers)}, size: {size}, page_size: {options.page_size}}}\n"
-            f"memory: {{limit: {limit}}}\n"
-            f"workers: {{inline: {str(inline).lower()}}}\n"
-            f"prefetch: {{enabled: {str(prefetch).lower()}}}\n"
-            f"store: {{url: '{url}'}}\n",
-            more,
-            name="benchmark",
-        )
+        config = settings(
+            options, Path(directory), size=size, limit=limit, inline=inline, prefetch=prefetch, more=more
+        )  # fmt: skip
         with open_region(config) as region:
             yield region
+
+
+def settings(
+    options: Options,
+    directory: Path,
+    *,
+    size: int,
+    limit: int,
+    inline: bool = True,
+    prefetch: bool = True,
+    more: Sequence[str] = (),
+) -> Config:
+    """The configuration of such a service; a page file is in `directory`."""
+    url = {"file": f"file://{directory / 'pages'}", "memory": "memory:"}.get(options.store, options.store)
+    return loads(
+        f"region: {{name: bench-{os.getpid()}-{next(_numbers)}, size: {size}, page_size: {options.page_size}}}\n"
+        f"memory: {{limit: {limit}}}\n"
+        f"workers: {{inline: {str(inline).lower()}}}\n"
+        f"prefetch: {{enabled: {str(prefetch).lower()}}}\n"
+        f"store: {{url: '{url}'}}\n",
+        more,
+        name="benchmark",
+    )
 
 
 class Subject(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from typing import Any
@@ -10,12 +11,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from dmh.config import Config, load, loads
 from dmh.errors import ConfigError
+from dmh.evict.idle import choose_source
 from dmh.evict.policies import policy_class, policy_names
 from dmh.simulate.generators import GENERATORS
+from dmh.simulate.live import Setting
 from dmh.simulate.replay import Outcome
 from dmh.simulate.study import SHARES, USES_MARKS, Run, as_markdown, study
 from dmh.simulate.traces import subject
+
+LIMITS = "10%,25%,50%,75%"
+_SETTINGS = """
+region: {name: simulated, size: 1GiB}
+memory: {limit: 1GiB}
+store: {url: "memory:"}
+"""
 
 
 def add_parser(commands: Any) -> None:
@@ -25,7 +36,10 @@ def add_parser(commands: Any) -> None:
         help="compare eviction policies on a recorded or generated trace",
         description="Compare eviction policies on a trace of page numbers, beside LRU (which sees every use) and OPT "
         "(which knows what comes). Cost: 103 us a hard fault, 33 us a soft one, 1 us a mark; a first use counts as a "
-        "hard fault.",
+        "hard fault. A policy has all of the memory, one page at a time, and marks that are made at once. With --live, "
+        "or where a configuration is named, it has what a service leaves it: thresholds, victim buffer, batches, the "
+        "idle source and its budget as configured, while faults come as fast as a local store lets them. LRU and OPT "
+        "have all of the memory always.",
         epilog="Generators: " + ", ".join(GENERATORS) + ".",
     )
     parser.add_argument(
@@ -36,10 +50,17 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--policy", metavar="A,B,...", default="auto,pgr,fifo", help="default: %(default)s")
     parser.add_argument(
-        "--limit", metavar="N%,N,...", default="10%,25%,50%,75%",
-        help="memory: percent of the pages that the trace uses, or pages; default: %(default)s",
+        "--limit", metavar="N%,N,...",
+        help="memory: percent of the pages that the trace uses, or pages; default: memory.limit of the file named with "
+        f"-c, else {LIMITS}",
     )  # fmt: skip
     parser.add_argument("--marks", action="store_true", help="accessed marks tell which pages are in use")
+    parser.add_argument("--live", action="store_true", help="as in a service with the default configuration")
+    parser.add_argument("-c", "--config", metavar="FILE", help="as in a service with this configuration")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE",
+        help="as in a service with this setting",
+    )  # fmt: skip
     parser.add_argument("--pages", type=int, default=8192, help="of a generated trace; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="every figure, for programs")
@@ -57,7 +78,12 @@ def run(args: argparse.Namespace) -> int:
         problems.append("name a trace: a .npy file, or one of " + ", ".join(GENERATORS))
     if args.pages < 64:
         problems.append(f"--pages: at least 64, is {args.pages}")
-    limits = [_limit(text, problems) for text in args.limit.split(",")]
+    live = bool(args.live or args.config or args.overrides)
+    if live and args.table:
+        problems.append("--table: is not of a service; leave --live, -c and --set out")
+    if live and args.marks:
+        problems.append("--marks: what tells of use in a service is evictor.idle: --set evictor.idle=unmap")
+    limits = [_limit(text, problems) for text in (args.limit or LIMITS).split(",")]
     if problems:
         raise ConfigError(problems)
     subjects = (subject(source, args.pages, args.seed) for source in args.traces or GENERATORS)
@@ -69,12 +95,28 @@ def run(args: argparse.Namespace) -> int:
     names = args.policy.split(",")
     for name in names:
         policy_class(name)
-    runs = study(subjects, [(name, args.marks) for name in names], limits, args.seed)
+    if args.config and not args.limit:
+        config = load(args.config, args.overrides)
+        limits = [config.memory.limit // config.region.page_size]
+    service = functools.partial(_setting, args) if live else None
+    runs = study(subjects, [(name, args.marks) for name in names], limits, args.seed, service)
     if args.json:
         print(json.dumps([_as_json(it) for it in runs], indent=2))
     else:
         show(runs)
     return 0
+
+
+def _setting(args: argparse.Namespace, pages: int, limit: int) -> Setting:
+    """Of a service with the configuration that is named, for so many pages, so many of them in memory."""
+
+    def loaded(*sizes: str) -> Config:
+        overrides = [*args.overrides, *sizes]
+        return load(args.config, overrides) if args.config else loads(_SETTINGS, overrides, name="--set")
+
+    page_size = loaded().region.page_size
+    config = loaded(f"region.size={pages * page_size}", f"memory.limit={limit * page_size}")
+    return Setting.of(config, choose_source(config.evictor.idle, page_size))
 
 
 def _limit(text: str, problems: list[str]) -> float:
@@ -90,7 +132,7 @@ def _as_json(it: Run) -> dict[str, Any]:
     def figures(outcome: Outcome) -> dict[str, Any]:
         return {
             "references": outcome.references, "hard": outcome.hard, "soft": outcome.soft, "marks": outcome.marks,
-            "cost_us": outcome.cost_us,
+            "waits": outcome.waits, "cost_us": outcome.cost_us,
         }  # fmt: skip
 
     return {

@@ -329,8 +329,11 @@ class Config(_Section):
     record: RecordConfig = Field(default_factory=RecordConfig)
 
     def to_wire(self) -> str:
-        """This configuration as JSON, for a worker's `from_wire`.  Holds the store's password, if its URL does."""
-        return self.model_dump_json()
+        """This configuration as JSON, for a worker's `from_wire`.  Holds the store's password, if its URL does.
+
+        What was left to its default stays so: `Limits.of` asks which settings were written.
+        """
+        return self.model_dump_json(exclude_unset=True)
 
     @classmethod
     def from_wire(cls, text: str | bytes) -> Config:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
 from dmh.evict.budget import MarkBudget
 from dmh.evict.idle.base import IdleSource
-from dmh.evict.leave import Leaver
 from dmh.evict.policies.base import Event, Pages, Policy
 from dmh.evict.reserve import Reserve
 from dmh.lspt.states import State
@@ -26,6 +26,31 @@ _EVENT = np.dtype([("order", "u8"), ("page", "u8"), ("ns", "u8"), ("kind", "u4")
 _EVENTS = 65536
 MARKS = 256
 """Most pages marked in one go, where marks move nothing: each go interrupts the program's processors once."""
+
+
+def local_in_use(high: int, low: int, *, adaptive: bool) -> int:
+    """The local pages that a policy is to reckon with: what there is after LPET's runs as well as before them."""
+    return low if adaptive else high
+
+
+class Clock(Protocol):
+    """What tells LPET the time: the module `time`, or a simulation."""
+
+    def monotonic(self) -> float:
+        """Seconds, never going back."""
+
+    def thread_time(self) -> float:
+        """Seconds of processor time that LPET has taken."""
+
+
+class Leaving(Protocol):
+    """How pages leave: `dmh.evict.leave.Leaver`, or a simulation."""
+
+    def evict(self, pages: Pages) -> Pages:
+        """Move pages out; returns those that could not leave."""
+
+    def write_staged(self) -> None:
+        """Empty the victim buffer, as far as the store takes what is in it."""
 
 
 class Lpet:
@@ -42,6 +67,7 @@ class Lpet:
         batch: most pages marked or evicted in one step.
         number: of the evictor, for its counters.
         recording: of what came in, where one is wanted.
+        clock: to tell the time by.
     """
 
     def __init__(
@@ -49,7 +75,7 @@ class Lpet:
         table: Table,
         policy: Policy,
         source: IdleSource,
-        leaver: Leaver,
+        leaver: Leaving,
         *,
         high: int,
         low: int,
@@ -58,6 +84,7 @@ class Lpet:
         batch: int,
         number: int,
         recording: TraceWriter | None = None,
+        clock: Clock = time,
     ) -> None:
         self._table = table
         self._policy = policy
@@ -69,6 +96,7 @@ class Lpet:
         self._batch = batch
         self._number = number
         self._recording = recording
+        self._clock = clock
         self._events = np.empty(_EVENTS, _EVENT)
         self._unwatched = np.zeros(table.pages, np.bool_)
         """Marked, says the policy, but the source could not: taken for idle, as if nothing could be told of use."""
@@ -120,7 +148,7 @@ class Lpet:
         if not quota:
             return 0
         self._table.count(self._number, "runs")
-        began = min(rung_ns / 1e9 or time.monotonic(), time.monotonic())
+        began = min(rung_ns / 1e9 or self._clock.monotonic(), self._clock.monotonic())
         starved = False
         while quota > 0 and keep_going():
             self.learn()
@@ -141,7 +169,7 @@ class Lpet:
                 self._leaver.write_staged()
                 break
             if self._reserve and len(choice.evict):
-                now = time.monotonic()
+                now = self._clock.monotonic()
                 self._reserve.reacted(now - began)
                 began = now
         self._table.raw.rung_at = 0  # who rang meanwhile has been served by this run
@@ -166,7 +194,7 @@ class Lpet:
             return
         raw = self._table.raw
         waits = self._table.counter("room_waits")
-        self._reserve.pass_time(time.monotonic())
+        self._reserve.pass_time(self._clock.monotonic())
         self._reserve.waited(waits - self._waits)
         self._waits = waits
         room = self._reserve.pages
@@ -220,12 +248,12 @@ class Lpet:
         """How many pages may be marked now: what fits the victim buffer, or the budget."""
         if self._source.moves:
             return min(self._table.slots - self._table.staged, self._batch)
-        return self._budget.pages(time.monotonic(), MARKS)
+        return self._budget.pages(self._clock.monotonic(), MARKS)
 
     def _mark(self, pages: Pages) -> None:
         if not len(pages):
             return
-        began = time.thread_time()
+        began = self._clock.thread_time()
         pages = np.sort(pages)
         watched = self._source.mark(pages)
         self._table.count(self._number, "marked", int(np.count_nonzero(watched)))
@@ -240,7 +268,7 @@ class Lpet:
         pages = self._policy.look(self._batch)
         if not len(pages):
             return 0
-        began = time.thread_time()
+        began = self._clock.thread_time()
         used = self._source.used(pages) & ~self._unwatched[pages]
         kinds = np.where(used, Event.USED, Event.IDLE).astype(np.uint8)
         self._table.count(self._number, "found_used", int(np.count_nonzero(used)))
@@ -253,7 +281,7 @@ class Lpet:
 
     def _spend(self, began: float, marked: int) -> None:
         """Account for the processor time of marks and looks."""
-        seconds = time.thread_time() - began
+        seconds = self._clock.thread_time() - began
         self._budget.spent(seconds, marked)
         self._table.count(self._number, "mark_us", round(seconds * 1e6))
 

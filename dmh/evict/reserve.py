@@ -31,6 +31,11 @@ class Reserve:
         self._waited = 0.0  # pages, after waits
         self._at = 0.0
 
+    @classmethod
+    def of(cls, resident_max: int, low: int) -> Reserve:
+        """From 1/256 of the memory to most of what lies above the low threshold: then runs end above it, too."""
+        return cls(least=max(resident_max // 256, 1), most=max((resident_max - low) * 3 // 4, 1))
+
     @property
     def pages(self) -> int:
         """The room to keep free, in pages."""

@@ -297,6 +297,16 @@ struct dmh_replay {
 int      dmh_replay_trace(struct dmh_policy *p, const uint64_t *trace, uint64_t n, uint8_t *state, struct dmh_replay *r);
 int64_t  dmh_replay_optimal(const uint64_t *trace, uint64_t n, uint64_t pages, uint64_t limit);
 
+/* A simulated program on a table, of which it is worker 0. */
+struct dmh_program {
+    uint64_t at;                /* uses made */
+    uint64_t now;               /* ns, of the simulated clock */
+    uint64_t use_ns, remap_ns, soft_ns, hard_ns; /* what takes how long: a use, of an unmapped page in addition, a fault */
+    uint64_t hard, soft;
+};
+int      dmh_replay_program(struct dmh_shared *s, struct dmh_program *r, const uint64_t *trace, uint64_t n, uint8_t *mapped, uint64_t until,
+                            int while_unrung);
+
 /* ---- evictor: was a page used since it was marked? ---- */
 
 void     dmh_ctx_look(struct dmh_ctx *c);

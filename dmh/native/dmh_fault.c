@@ -7,7 +7,7 @@
  * Step 3: ring LPET if what is local has reached the high threshold.  `granted` pages of it are this fault's own, not yet here.  A page that comes
  * back from the victim buffer is local already, and does not ring.
  */
-static void ring_at_high(struct dmh_ctx *c, uint64_t page, uint64_t granted)
+void ring_at_high(struct dmh_ctx *c, uint64_t page, uint64_t granted)
 {
     uint64_t local = LOAD(&c->s->resident) + LOAD(&c->s->staged), none = 0;
     if (local <= c->s->high || word_state(LOAD(&c->words[page])) == DMH_STAGED)

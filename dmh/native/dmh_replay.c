@@ -79,6 +79,55 @@ int dmh_replay_trace(struct dmh_policy *p, const uint64_t *trace, uint64_t n, ui
     return 0;
 }
 
+/* ---- a program on the table of a simulated service ---- */
+
+/*
+ * Let the program run until the clock says `until`, or, with `while_unrung`, until it has rung LPET or waits for room.  What is LPET's of the table
+ * changes only between two calls.  mapped: a byte a page, set by a use, cleared by a mark.  0, or -ERANGE: a page that does not exist.
+ */
+int dmh_replay_program(struct dmh_shared *s, struct dmh_program *r, const uint64_t *trace, uint64_t n, uint8_t *mapped, uint64_t until,
+                       int while_unrung)
+{
+    struct dmh_ctx c; /* what is used of it */
+    struct dmh_plan arrival;
+    c.s = s, c.worker = 0, c.words = dmh_words(s), c.counters = dmh_counters_of(s, 0);
+    arrival.thread = 1;
+    uint32_t *waits = &post_of(s, 0)->waits;
+    for (; r->at < n && r->now < until && !(while_unrung && s->rung_at); r->at++) {
+        uint64_t page = trace[r->at];
+        if (page >= s->pages)
+            return -ERANGE;
+        uint32_t state = word_state(c.words[page]);
+        if (state == DMH_RESIDENT) {
+            r->now += r->use_ns + (mapped[page] ? 0 : r->remap_ns);
+            mapped[page] = 1;
+            continue;
+        }
+        if (!dmh_reserve(s, 1)) {
+            count(&c, DMH_C_ROOM_WAITS, !*waits);
+            *waits = 1;
+            r->now = while_unrung ? r->now : until;
+            return 0;
+        }
+        *waits = 0;
+        uint64_t rung_at = s->rung_at;
+        ring_at_high(&c, page, 1);
+        if (s->rung_at && !rung_at)
+            s->rung_ns = r->now;
+        arrival.ns = r->now;
+        int soft = state == DMH_STAGED;
+        s->staged -= (uint64_t)soft;
+        r->soft += (uint64_t)soft;
+        r->hard += !soft;
+        r->now += r->use_ns + (soft ? r->soft_ns : r->hard_ns);
+        c.words[page] = DMH_RESIDENT;
+        mapped[page] = 1;
+        uint32_t kind = soft ? DMH_EV_SOFT : DMH_EV_FAULT;
+        note_arrivals(&c, &page, 1, kind, kind, &arrival);
+    }
+    return 0;
+}
+
 /* ---- Belady's OPT ---- */
 
 struct use {

@@ -176,6 +176,7 @@ int hand_to(struct dmh_ctx *c, struct dmh_request *r, uint32_t n);
 void report_lost(const struct dmh_plan *p);
 int bring_ahead(struct dmh_ctx *c, struct dmh_request *r);
 int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word);
+void ring_at_high(struct dmh_ctx *c, uint64_t page, uint64_t granted);
 void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, const struct dmh_plan *p);
 void note_latency(struct dmh_ctx *c, uint64_t since_ns);
 

@@ -1,7 +1,8 @@
 """One simulated run: a trace against a policy at a memory size.
 
 Owns what stands around a policy in a simulation, and the cost model.  The loops over a trace are C (dmh_replay.c) for
-dmh's own policies; `_replay_slowly` does the same, event by event, for any other.
+dmh's own policies; `_replay_slowly` does the same, event by event, for any other.  This is the ideal: all of the memory
+is the policy's, marks are free and made at once.  `dmh.simulate.live` has a service's run.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Outcome:
     soft: int = 0
     marks: int = 0
     evicted: int = 0
+    waits: int = 0
+    """Faults that found no room; `replay` has none."""
 
     @property
     def cost_us(self) -> float:
@@ -64,7 +67,7 @@ def replay(
     if result == -errno.ERANGE:
         raise DmhError(f"the trace names pages beyond the {pages:,} that it is said to have")
     if result == -errno.ENOSPC:
-        raise _no_victim(policy, run.local)
+        raise no_victim(policy, run.local)
     return Outcome(len(trace), run.hard, run.soft, run.marks, run.evicted)
 
 
@@ -80,7 +83,8 @@ def optimal(trace: Pages, pages: int, limit: int) -> Outcome:
     return Outcome(len(trace), check(faults, "simulating OPT"))
 
 
-def _no_victim(policy: Policy, local: int) -> DmhError:
+def no_victim(policy: Policy, local: int) -> DmhError:
+    """The error that ends a run which cannot go on."""
     return DmhError(f"policy {type(policy).__name__} names no victim although {local:,} pages are local")
 
 
@@ -135,7 +139,7 @@ def _replay_slowly(
         elif world.local >= high:
             while world.local > low:
                 if not world.step(world.local - low):
-                    raise _no_victim(policy, world.local)
+                    raise no_victim(policy, world.local)
         if state == _AWAY:
             hard += 1
             world.local += 1

@@ -6,12 +6,13 @@ Owns the grid of runs and what is said of it.  Pure but for the time that it tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dmh.evict.policies import policy_class
+from dmh.simulate.live import Setting, replay_live
 from dmh.simulate.replay import Outcome, lru, optimal, replay
 from dmh.simulate.traces import Subject
 
@@ -48,13 +49,19 @@ class Run:
 
 
 def study(
-    subjects: Iterable[Subject], policies: Sequence[tuple[str, bool]], limits: Sequence[float], seed: int = 0
+    subjects: Iterable[Subject],
+    policies: Sequence[tuple[str, bool]],
+    limits: Sequence[float],
+    seed: int = 0,
+    service: Callable[[int, int], Setting] | None = None,
 ) -> list[Run]:
     """Run everything.
 
     Args:
         policies: name, and whether marks tell of uses.
         limits: memory: below 1 a fraction of the footprint, else pages.
+        service: for so many pages, and so many of them in memory, the setting of the service that is simulated; it says
+            whether marks tell of uses.  None: the ideal, which has all of the memory and marks at once.
     """
     runs = []
     for it in subjects:
@@ -62,10 +69,16 @@ def study(
             limit = max(int(it.footprint * given if given < 1 else given), 2)
             limit = min(limit, it.pages)
             references = lru(it.trace, it.pages, limit), optimal(it.trace, it.pages, limit)
+            setting = service(it.pages, limit) if service else None
             for name, marks in policies:
-                policy = policy_class(name)(it.pages, limit, accessed=marks, seed=seed)
-                slots = max(int(limit * BUFFER), 1)
-                outcome = replay(policy, it.trace, it.pages, limit, slots=slots)
+                if setting:
+                    marks = setting.accessed
+                    policy = policy_class(name)(it.pages, setting.reckoned, accessed=marks, seed=seed)
+                    outcome = replay_live(policy, it.trace, it.pages, setting)
+                else:
+                    policy = policy_class(name)(it.pages, limit, accessed=marks, seed=seed)
+                    slots = max(int(limit * BUFFER), 1)
+                    outcome = replay(policy, it.trace, it.pages, limit, slots=slots)
                 runs.append(Run(it.name, limit, limit / it.footprint, name, marks, outcome, *references))
     return runs
 

@@ -6,18 +6,24 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from regions import inside, wait_until
+from regions import inside, settings, wait_until
 
 import dmh
+from dmh.bench.work import address, touch_at
 from dmh.cli.main import main
 from dmh.errors import KernelError
 from dmh.evict.idle import choose_source
+from dmh.evict.policies import policy_class
 from dmh.lspt.states import State
 from dmh.lspt.steps import NUMBERS
+from dmh.simulate.generators import make_trace
+from dmh.simulate.live import Pace, Setting, replay_live
+from dmh.simulate.replay import replay
 
 OpenRegion = Callable[..., dmh.Region]
 
@@ -95,6 +101,36 @@ def test_thresholds_follow_the_fault_rate_where_they_are_fractions(open_region: 
     other[:] = 1
     after = fixed.stats()
     assert (after.high, after.low) == (240, 200)
+
+
+@pytest.mark.parametrize("policy", ["fifo", "auto"])
+def test_a_simulated_service_has_the_hard_faults_of_a_live_one(open_region: OpenRegion, idle: str, policy: str) -> None:
+    """Within a tenth; the plain replay, which has all of memory.limit, is further away."""
+    pages, share = 2048, 0.5
+    accesses = make_trace("loop" if policy == "auto" else "zipf", pages)[: 12 * pages]
+    overrides = (
+        "region.size=16MiB", f"memory.limit={int(share * pages) * 4096}", "memory.low=0.7", "prefetch.enabled=false",
+        f"evictor.policy={policy}", f"evictor.idle={idle}",
+    )  # fmt: skip
+    region = open_region(*overrides)
+    array = region.empty((pages, 512), "u8")
+    array[:] = 1
+    region.evict(array)
+    before, began = region.stats().counters["hard"], time.monotonic()
+    touch_at(address(array), accesses * np.uint64(4096))
+    seconds = time.monotonic() - began
+    hard = region.stats().counters["hard"] - before
+
+    pace = Pace(use=0.0, hard=1e6 * seconds / hard)
+    setting = Setting.of(settings(*overrides), idle)
+    assert setting.limits.buffer == region.stats().slots
+    made = policy_class(policy)(pages, setting.reckoned, accessed=setting.accessed)
+    simulated = replay_live(made, accesses, pages, setting, pace, filled=True).hard
+    assert hard == pytest.approx(simulated, rel=0.1)
+    limit = setting.limits.limit
+    made = policy_class(policy)(pages, limit, accessed=setting.accessed)
+    ideal = replay(made, accesses, pages, limit, slots=setting.limits.buffer).hard
+    assert abs(np.log(hard / simulated)) < abs(np.log(hard / ideal))
 
 
 def test_bench_policies_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -628,6 +628,15 @@ def test_round_trip_keeps_units(high: str, cpus: str) -> None:
     assert again.workers.cpus == config.workers.cpus
 
 
+@pytest.mark.parametrize("buffer", [[], ["evictor.buffer=0.02"]])
+def test_what_was_left_to_its_default_stays_so_over_the_wire(buffer: list[str]) -> None:
+    """A default victim buffer has at least 64 slots, one of two hundredths that was asked for has not."""
+    config = loads(MINIMAL, ["region.size=64MiB", "memory.limit=4MiB", *buffer])
+    again = Config.from_wire(config.to_wire())
+    assert Limits.of(again) == Limits.of(config)
+    assert Limits.of(again).buffer == (20 if buffer else 64)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"region": {"size": 1}}', "\udcff"])
 def test_a_damaged_wire_form(text: str) -> None:
     with pytest.raises(ProtocolError, match="another version wrote, or damaged"):

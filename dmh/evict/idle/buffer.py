@@ -9,12 +9,20 @@ marked at one time is bounded by the buffer's free slots.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from dmh.evict.idle.base import IdleSource, Mask, Pages
-from dmh.evict.leave import Leaver
 from dmh.lspt.states import State
 from dmh.lspt.table import Table
+
+
+class Staging(Protocol):
+    """How pages move to the victim buffer: `dmh.evict.leave.Leaver`, or a simulation."""
+
+    def stage(self, pages: Pages) -> Pages:
+        """Move resident pages there; returns those that were moved."""
 
 
 class BufferSource(IdleSource):
@@ -24,7 +32,7 @@ class BufferSource(IdleSource):
     moves = True
     accessed = False
 
-    def __init__(self, table: Table, leaver: Leaver) -> None:
+    def __init__(self, table: Table, leaver: Staging) -> None:
         self._table = table
         self._leaver = leaver
 
