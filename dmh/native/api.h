@@ -9,6 +9,7 @@
 
 struct dmh_ctx;
 struct dmh_plan;
+struct dmh_redis;
 struct dmh_streams;
 
 #define DMH_MAX_WORKERS 72
@@ -198,6 +199,7 @@ int      dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_m
 int      dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us);
 void     dmh_forget_dispatched(struct dmh_ctx *c);
 void     dmh_ctx_inline(struct dmh_ctx *c, int store_fd, const uint64_t *store_index);
+void     dmh_ctx_remote(struct dmh_ctx *c, struct dmh_redis *remote);
 int      dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r);
 
 /* ---- resolver: claim, install ---- */

@@ -151,6 +151,9 @@ class RedisStore(Store):
         commands = (self._link.pack("MGET", *keys[i : i + step]) for i in range(0, len(keys), step))
         self._link.request(commands, take, len(keys) * size)
 
+    def remote(self) -> Any:
+        return self._reader
+
     def put_many(self, pages: PageNumbers, data: PageBytes) -> None:
         if self._mset is None:
             self._mset = _Mset(self._prefix, self._spec.page_size, self._per_command)
