@@ -78,6 +78,7 @@ class Lpet:
         self._unwatched = np.zeros(table.pages, np.bool_)
         """Marked, says the policy, but the source could not: taken for idle, as if nothing could be told of use."""
         self._waits = 0
+        self._has_run = False
         self._adapt()
 
     def learn(self) -> None:
@@ -121,6 +122,7 @@ class Lpet:
         """One run: evict as many pages as were too many at its start.  Returns how many it could not find."""
         quota = self.due()
         rung_ns, self._table.raw.rung_at = int(self._table.raw.rung_ns), 0
+        self._has_run = quota > 0
         if not quota:
             return 0
         self._table.count(self._number, "runs")
@@ -154,8 +156,12 @@ class Lpet:
         return max(quota, 0)
 
     def mark_ahead(self) -> None:
-        """Mark what the policy will want to know of, before it needs room."""
-        while not self._source.moves and (most := self._may_mark()):
+        """Mark what the policy will want to know of, before it needs room.
+
+        While pages have to leave one run after the other, marks take their share of the time and no more: what was
+        saved up is spent when nobody waits for it.
+        """
+        while not self._source.moves and (most := self._may_mark(pressed=self._has_run or self.due() > 0)):
             marks = self._policy.choose(0, most).mark
             self._mark(marks)
             if len(marks) < most:
@@ -218,11 +224,11 @@ class Lpet:
         self.learn()
         self._policy.tell(Event.GONE, pages)
 
-    def _may_mark(self) -> int:
+    def _may_mark(self, *, pressed: bool = False) -> int:
         """How many pages may be marked now: what fits the victim buffer, or the budget."""
         if self._source.moves:
             return min(self._table.slots - self._table.staged, self._batch)
-        return self._budget.pages(time.monotonic(), MARKS)
+        return self._budget.pages(time.monotonic(), MARKS, pressed=pressed)
 
     def _mark(self, pages: Pages) -> None:
         if not len(pages):
