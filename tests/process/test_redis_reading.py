@@ -18,7 +18,7 @@ from store_pages import contents, empty, first_pages, numbers, spec_for
 from store_servers import RedisServer
 
 from dmh.errors import StoreError, StoreUnavailable
-from dmh.native import lib
+from dmh.native import ffi, lib
 from dmh.store.base import Found
 from dmh.store.redis import RedisStore
 
@@ -222,6 +222,46 @@ def test_more_replies_than_the_socket_holds(redis_server: RedisServer, rng: np.r
         out = empty(20, 1 << 20)
         assert store.get_many(first_pages(20), out).all()
         assert np.array_equal(out, data)
+    store.close()
+
+
+def test_a_value_at_the_end_of_the_receive_buffer(rng: np.random.Generator) -> None:
+    """The whole reply is there before it is asked for, so what is received at a time is known: a buffer full."""
+    page, full = contents(rng, 1), 128 << 10
+    for left in range(24):  # bytes of the second value that still fit
+        begin = b"*2\r\n$%d\r\n" % (full - 100)
+        length = full - left - len(begin) - 2
+        begin = begin.replace(b"%d" % (full - 100), b"%d" % length)
+        server, client = socket.socketpair()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        with server, client:
+            server.settimeout(10)
+            server.sendall(begin + bytes(length) + b"\r\n" + value(page[0].tobytes()))
+            reader = ffi.gc(lib.dmh_redis_new(b"p", 1, SIZE, 2, 4), lib.dmh_redis_free)
+            reader.fd, reader.silence_ms, reader.connect_ms, reader.most_ms = client.fileno(), 1000, 1000, 1000
+            reader.slowest = 1000
+            out, found, lengths = empty(2), np.zeros(2, np.uint8), np.zeros(2, np.uint64)
+            result = lib.dmh_redis_get(
+                reader, ffi.from_buffer("uint64_t[]", numbers(1, 2)), 2, ffi.from_buffer("uint8_t[]", out),
+                ffi.from_buffer("uint8_t[]", found), ffi.from_buffer("uint64_t[]", lengths),
+            )  # fmt: skip
+            assert (result, found.tolist(), int(lengths[0])) == (0, [Found.DAMAGED, Found.THERE], length), left
+            assert np.array_equal(out[1], page[0])
+
+
+def test_a_connection_that_native_code_has_given_up_is_not_used_again(
+    redis_server: RedisServer, rng: np.random.Generator
+) -> None:
+    """A reply may still come over it, which the next request would take for its own."""
+    store = RedisStore.open(spec_for(redis_server.unix_url), [])
+    data, out = contents(rng, 2), empty(1)
+    store.put_many(first_pages(2), data)
+    link, reader = store._link, store.remote()
+    link._connection.send_packed_command(link.pack("MGET", *store._keys(numbers(1))), check_health=False)
+    reader.fd, reader.broken = -1, 1  # as in a resolver
+    assert store.get_many(numbers(0), out).all()
+    assert np.array_equal(out[0], data[0])
+    assert reader.fd >= 0
     store.close()
 
 
