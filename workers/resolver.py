@@ -2,7 +2,7 @@
 
     take a request: a page, and a window after it   from the lane while awake; asleep, over ZeroMQ
     claim what is not local: FETCHING               native; at the memory limit, ring LPET and wait for room
-    request what is stored from the DMS             one batched call, with retries
+    request what is stored from the DMS             one batched call: native where that can be, else with retries
     check it, install it, publish, wake             native; new pages are zeros, staged ones come from their slot
 
 If it dies, its successor puts its claims back before anything else, and everybody is woken.
@@ -33,8 +33,9 @@ def main() -> None:
     resolver = Resolver(table, worker.context, setup.number, setup.window, store, worker.retry(), setup.name)
     recover(worker, store)
     inbox = Inbox(setup.directory, setup.number)
-    # What comes by the lane and cannot block is resolved before it reaches Python.
+    # What comes by the lane is resolved before it reaches Python, if it cannot block or the store has a native reader.
     lib.dmh_ctx_inline(worker.context, *(store.local() if isinstance(store, PagedFile) else (-1, ffi.NULL)))
+    lib.dmh_ctx_remote(worker.context, store.remote() or ffi.NULL)
     worker.start(on_stop=inbox.interrupt)
     completed, request = table.raw.completed, ffi.new("struct dmh_request *")
     while not worker.stopping.is_set():

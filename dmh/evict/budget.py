@@ -22,12 +22,17 @@ class MarkBudget:
         self.page_cost = FIRST_GUESS
         self._at: float | None = None
 
-    def pages(self, now: float, most: int) -> int:
-        """How many pages may be marked, at most `most`; `now` in seconds, of any clock that does not go back."""
-        if self._at is not None:
-            self.left = min(self.left + (now - self._at) * self.share, SAVED_SECONDS)
+    def pages(self, now: float, most: int, *, pressed: bool = False) -> int:
+        """How many pages may be marked, at most `most`; `now` in seconds, of any clock that does not go back.
+
+        `pressed`: evictions are due, so that what was saved up is kept for later; no more than the share since the
+        last time.
+        """
+        accrued = (now - self._at) * self.share if self._at is not None else 0.0
+        self.left = min(self.left + accrued, SAVED_SECONDS)
         self._at = now
-        return max(min(int(self.left / self.page_cost), most), 0) if self.share else 0
+        usable = min(self.left, accrued) if pressed else self.left
+        return max(min(int(usable / self.page_cost), most), 0) if self.share else 0
 
     def spent(self, seconds: float, marked: int) -> None:
         """Marks, or looks where `marked` is 0, have taken this much processor time."""

@@ -9,6 +9,7 @@
 
 struct dmh_ctx;
 struct dmh_plan;
+struct dmh_redis;
 struct dmh_streams;
 
 #define DMH_MAX_WORKERS 72
@@ -200,6 +201,7 @@ int      dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_m
 int      dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout_ms, int spin_us);
 void     dmh_forget_dispatched(struct dmh_ctx *c);
 void     dmh_ctx_inline(struct dmh_ctx *c, int store_fd, const uint64_t *store_index);
+void     dmh_ctx_remote(struct dmh_ctx *c, struct dmh_redis *remote);
 int      dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r);
 
 /* ---- resolver: claim, install ---- */
@@ -328,6 +330,25 @@ int      dmh_fetch_pages(int fd, const uint64_t *index, const uint64_t *pages, u
                          uint8_t *found, int nowait);
 int      dmh_write_pages(int fd, const uint64_t *pages, uint64_t n, uint64_t page_size, const uint8_t *data);
 int      dmh_punch_file(int fd, uint64_t offset, uint64_t bytes);
+
+/* ---- pages out of a Redis server, over a connection that its client library has made ---- */
+
+struct dmh_redis {
+    int32_t fd;                 /* the connection, a plain socket; -1: there is none that could be used */
+    uint32_t broken;            /* the connection has to be made again: native code has met an error that nobody was told of */
+    uint32_t silence_ms;        /* the longest wait for more bytes */
+    uint64_t connect_ms, slowest, most_ms; /* a request's limit: so long and its bytes at so many a ms, but not longer than that */
+    uint32_t keys, ahead;       /* of one command; commands sent ahead of the reply that is waited for */
+    uint64_t page_size;
+    uint32_t at, have;          /* buffer[at] to buffer[have - 1] have been received and not been looked at */
+    uint8_t *buffer;
+    uint8_t *record, *command;  /* one key as a command has it, and a whole command */
+    uint32_t number_at, record_bytes; /* where in the record the page's number stands */
+    uint32_t flowing;           /* bytes have come since the last wait: look for more before waiting again */
+};
+struct dmh_redis *dmh_redis_new(const uint8_t *prefix, uint32_t prefix_bytes, uint64_t page_size, uint32_t keys, uint32_t ahead);
+void     dmh_redis_free(struct dmh_redis *r);
+int      dmh_redis_get(struct dmh_redis *r, const uint64_t *pages, uint64_t n, uint8_t *out, uint8_t *found, uint64_t *length);
 
 /* ---- the application's guardian thread ---- */
 

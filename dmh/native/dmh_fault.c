@@ -337,16 +337,64 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
     return (int)p->lost_n;
 }
 
+/* Resolver: fetch over this connection what the page file does not have; what is not as it should be, Python asks again, and tells of it. */
+void dmh_ctx_remote(struct dmh_ctx *c, struct dmh_redis *remote) { c->remote = remote; }
+
+static int has_store(const struct dmh_ctx *c) { return c->inline_on && (c->store_fd >= 0 || (c->remote && c->remote->fd >= 0)); }
+
+/* The pages that were claimed of the DMS, to the rows of `to`.  Not 0: Python is needed, for this and for what it means. */
+static int fetch_natively(struct dmh_ctx *c, struct dmh_plan *p, uint8_t *to)
+{
+    uint64_t length[DMH_MAX_RUN];
+    if (c->store_fd >= 0) {
+        int e = dmh_fetch_pages(c->store_fd, c->store_index, p->stored, p->stored_n, c->s->page_size, to, p->found, 0);
+        if (e < 0)
+            return e;
+    } else if (dmh_redis_get(c->remote, p->stored, p->stored_n, to, p->found, length)) {
+        c->remote->fd = -1;
+        c->remote->broken = 1;
+        return -EIO;
+    }
+    count(c, DMH_C_FETCH_CALLS, 1);
+    AT(c, DMH_AT_FETCHED);
+    for (uint32_t i = 0; i < p->stored_n; i++)
+        if (p->found[i] != 1)
+            return -ENODATA;
+    return 0;
+}
+
 /*
- * Resolver: bring a window in where the store is a local file, without Python.  1: done, as far as there was room.  0: the store failed, and *r says what
- * is left: Python tries again, and says so.
+ * Resolver: the page of a fault, from a store that native code can ask.  1: done.  0: Python is needed: nothing is claimed.
+ */
+int bring_stored(struct dmh_ctx *c, const struct dmh_request *r)
+{
+    struct dmh_plan *p = c->plan;
+    if (!has_store(c))
+        return 0;
+    p->view = r->view, p->thread = r->thread, p->ns = r->ns;
+    if (dmh_claim(c, p, r->page, 1, r->stride, 0) < 0 || p->room_wanted)
+        return 0;
+    if (p->stored_n && fetch_natively(c, p, c->page_buffer)) {
+        dmh_give_back(c, p, 0);
+        return 0;
+    }
+    ADD(&c->s->completed[c->worker], 1); /* what is left does not block: the next request may come here */
+    if (p->n)
+        dmh_install(c, p, c->page_buffer, 1);
+    report_lost(p);
+    return 1;
+}
+
+/*
+ * Resolver: bring a window in from a store that native code can ask.  1: done, as far as there was room.  0: the store failed, and *r says what is
+ * left: Python tries again, and says so.
  */
 int bring_ahead(struct dmh_ctx *c, struct dmh_request *r)
 {
     struct dmh_plan *p = c->plan;
     const uint64_t size = c->s->page_size, bytes = r->window * size;
     int waits = 0;
-    if (!c->inline_on || c->store_fd < 0)
+    if (!has_store(c))
         return 0;
     if (c->window_bytes < bytes) {
         free(c->window_buffer);
@@ -367,7 +415,7 @@ int bring_ahead(struct dmh_ctx *c, struct dmh_request *r)
             dmh_wait_room(c, 1, DMH_AHEAD_MS);
             continue;
         }
-        if (p->stored_n && dmh_fetch_pages(c->store_fd, c->store_index, p->stored, p->stored_n, size, c->window_buffer, p->found, 0) < 0) {
+        if (p->stored_n && (!has_store(c) || fetch_natively(c, p, c->window_buffer))) {
             dmh_give_back(c, p, 0);
             return 0;
         }

@@ -347,7 +347,7 @@ int dmh_next_request(struct dmh_ctx *c, struct dmh_request *out, int doze_ms)
         if (LOAD(&lane->head) != tail) {
             *out = lane->entry[tail % 64];
             STORE(&lane->tail, tail + 1);
-            if (!(out->demand ? !out->window && dmh_resolve_inline(c, out) : bring_ahead(c, out)))
+            if (!(out->demand ? !out->window && (dmh_resolve_inline(c, out) || bring_stored(c, out)) : bring_ahead(c, out)))
                 return 1;
         } else if (!wait_for_lane(lane, doze_ms)) {
             __atomic_store_n(&lane->awake, 0u, __ATOMIC_SEQ_CST);

@@ -76,6 +76,7 @@ struct dmh_ctx {
     const uint64_t *store_index;
     uint8_t *page_buffer;
     struct dmh_plan *plan;
+    struct dmh_redis *remote;   /* resolvers: over which stored pages are to be had without Python; NULL: over none */
     uint8_t *window_buffer;     /* as large as the largest window that was read ahead here */
     uint64_t window_bytes;
     struct dmh_streams *streams; /* the caller's */
@@ -175,6 +176,7 @@ uint64_t kept_from_windows(const struct dmh_shared *s);
 int hand_to(struct dmh_ctx *c, struct dmh_request *r, uint32_t n);
 void report_lost(const struct dmh_plan *p);
 int bring_ahead(struct dmh_ctx *c, struct dmh_request *r);
+int bring_stored(struct dmh_ctx *c, const struct dmh_request *r);
 int claim_word(struct dmh_ctx *c, struct dmh_plan *p, uint64_t page, uint64_t word);
 void ring_at_high(struct dmh_ctx *c, uint64_t page, uint64_t granted);
 void note_arrivals(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint32_t first_kind, uint32_t kind, const struct dmh_plan *p);

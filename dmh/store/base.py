@@ -96,6 +96,12 @@ class OpenStore(abc.ABC):
     def close(self) -> None:
         """Release this process's connection, mappings and descriptors.  Stored pages stay."""
 
+    def remote(self) -> Any:
+        """A native reader (`struct dmh_redis`) by which native code may fetch pages itself, in the process and the
+        thread that use this store; None where pages do not lie in the store as they are, or no such reader knows it.
+        """
+        return None
+
     def stats(self) -> dict[str, Any]:
         """Figures worth showing an operator (bytes used, server version, ...)."""
         return {}

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from dmh.errors import StoreError, StoreUnavailable
+from dmh.native import ffi, lib
 from dmh.store.base import Found, Mask, PageBytes, PageNumbers, Store, StoreSpec
-from dmh.store.redis_link import RedisLink
+from dmh.store.redis_link import WINDOW, RedisLink
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,13 @@ class RedisStore(Store):
         self._mset: _Mset | None = None  # only the evictor needs it
         largest = self._per_command * spec.page_size
         self._link = RedisLink(spec.url, region=spec.region, timeout=spec.timeout, largest_command=largest)
+        self._reader = ffi.gc(
+            lib.dmh_redis_new(self._prefix, len(self._prefix), spec.page_size, self._per_command, WINDOW),
+            lib.dmh_redis_free,
+        )
+        if self._reader == ffi.NULL:
+            raise MemoryError("no memory for reading pages")
+        self._link.lend_to(self._reader)
 
     @classmethod
     def prepare(cls, spec: StoreSpec) -> list[int]:
@@ -103,6 +111,25 @@ class RedisStore(Store):
         found = np.full(len(pages), Found.THERE, np.uint8)
         if not len(pages):
             return found
+        if not self._get_natively(pages, out, found):
+            self._get_by_client(pages, out, found)
+        return found
+
+    def _get_natively(self, pages: PageNumbers, out: PageBytes, found: Mask) -> bool:
+        """False where the connection is none that native code can read."""
+        lengths = np.empty(len(pages), np.uint64)
+        arrays = (
+            ffi.from_buffer("uint64_t[]", pages), len(pages), ffi.from_buffer("uint8_t[]", out),
+            ffi.from_buffer("uint8_t[]", found), ffi.from_buffer("uint64_t[]", lengths),
+        )  # fmt: skip
+        size = len(pages) * self._spec.page_size
+        if not self._link.read(self._reader, lambda: lib.dmh_redis_get(self._reader, *arrays), size):
+            return False
+        for row in np.flatnonzero(found == Found.DAMAGED):
+            self._damaged(int(pages[row]), int(lengths[row]))
+        return True
+
+    def _get_by_client(self, pages: PageNumbers, out: PageBytes, found: Mask) -> None:
         size, step = self._spec.page_size, self._per_command
         keys = self._keys(pages)
         rows = out.data.cast("B")
@@ -123,7 +150,9 @@ class RedisStore(Store):
 
         commands = (self._link.pack("MGET", *keys[i : i + step]) for i in range(0, len(keys), step))
         self._link.request(commands, take, len(keys) * size)
-        return found
+
+    def remote(self) -> Any:
+        return self._reader
 
     def put_many(self, pages: PageNumbers, data: PageBytes) -> None:
         if self._mset is None:

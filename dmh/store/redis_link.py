@@ -3,11 +3,18 @@
 Owns connecting (and noticing that the server is another one than before), pipelining, and the decision whether what
 went wrong is worth another try.  Owns no key and no page (`redis.py` does), and no back-off: a request that fails drops
 the connection and raises; the next request connects again.  Used by `redis.py`.
+
+Pages come in over the same connection past redis-py, where that is a plain socket: native code reads them straight into
+their rows (``dmh/native/dmh_redis.c``).  What is no page it leaves to redis-py's parser, so that whatever a server may
+say has one meaning here.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -20,6 +27,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from dmh.errors import StoreError, StoreUnavailable
+from dmh.native import ffi
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +70,7 @@ class RedisLink:
         self._region = region
         self._timeout = timeout
         self._client_id: int | None = None
+        self._reader: Any = None  # native; see lend_to
         self._live = False  # _live: connected, and no reply of an earlier request is still to come
         self.silence = min(CONNECT_TIMEOUT + largest_command / SLOWEST_LINK, timeout / 4)  # longest wait for more bytes
         try:
@@ -95,6 +104,61 @@ class RedisLink:
     def info(self) -> dict[str, str]:
         return _fields(self.call("INFO"))
 
+    def lend_to(self, reader: Any) -> None:
+        """Let this `struct dmh_redis` read over the connection, whenever there is one that it can use."""
+        reader.silence_ms = max(1, round(self.silence * 1000))
+        reader.connect_ms = round(CONNECT_TIMEOUT * 1000)
+        reader.slowest = SLOWEST_LINK // 1000
+        reader.most_ms = round(self._timeout * 500)
+        self._reader = reader
+        self._lend()
+
+    def read(self, reader: Any, get: Callable[[], int], size: int) -> bool:
+        """Have the native reader `get` pages over a live connection; connects if need be.
+
+        Args:
+            reader: the one that the connection was lent to.
+            get: what it does, with a result as `dmh_redis_get` has.
+            size: bytes that will be moved in all, for the time limit.
+
+        Returns:
+            False where it cannot use this connection.
+
+        Raises:
+            StoreError: as `request` does.
+        """
+        try:
+            self._ensure_live()
+            if reader.fd < 0:
+                return False
+            result = get()
+            if result < 0:
+                raise self._reading_failed(-result, size)
+            if result > 0:
+                self._parser_feed()(bytes(ffi.buffer(reader.buffer + reader.at, reader.have - reader.at)))
+                self._connection.read_response(disable_decoding=True)
+                raise self.refusal("answered MGET with something else than one value for each key")
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        return True
+
+    def _limit(self, size: int) -> float:
+        """Seconds that a request may take which moves so many bytes; the reader's `end_of` is the same."""
+        return max(self.silence, min(CONNECT_TIMEOUT + size / SLOWEST_LINK, self._timeout / 2))
+
+    def _reading_failed(self, error: int, size: int) -> redis.RedisError:
+        """An errno of the native reader, as redis-py would have put it."""
+        if error == errno.ETIME:
+            return redis.TimeoutError(f"request not finished after {self._limit(size):.2f} s")
+        if error == errno.ETIMEDOUT:
+            return redis.TimeoutError("Timeout reading from socket")
+        if error == errno.ENOTCONN:
+            return redis.ConnectionError("Connection closed by server.")
+        if error == errno.EBADMSG:
+            return redis.exceptions.InvalidResponse("Protocol Error: a reply to MGET is malformed")
+        return redis.ConnectionError(f"Error {error} while reading from socket: {os.strerror(error)}")
+
     def request(self, commands: Iterable[Sequence[bytes | memoryview]], take: Callable[[Any], None], size: int) -> None:
         """Send commands, at most WINDOW ahead, and hand each reply to `take` in the commands' order.
 
@@ -103,7 +167,7 @@ class RedisLink:
             take: called once a command with its reply; what it raises ends the request.
             size: bytes that will be moved in all, for the time limit.
         """
-        limit = max(self.silence, min(CONNECT_TIMEOUT + size / SLOWEST_LINK, self._timeout / 2))
+        limit = self._limit(size)
         deadline = monotonic() + limit
         waiting = 0
 
@@ -114,8 +178,7 @@ class RedisLink:
             take(self._connection.read_response(disable_decoding=True))
 
         try:
-            if not self._live:
-                self._connect()
+            self._ensure_live()
             for command in commands:
                 if waiting == WINDOW:
                     receive()
@@ -125,14 +188,21 @@ class RedisLink:
             for _ in range(waiting):
                 receive()
         except BaseException as error:
-            # Replies may still be on their way; the next request must not take them for its own.
-            self.close()
-            if isinstance(error, redis.RedisError | OSError):
-                raise self._sorted(error) from error
+            self._give_up(error)
             raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """Drop the connection: replies may still be on their way, and the next request must not take them for its
+        own.  Raises a StoreError for an error of the connection or the server.
+        """
+        self.close()
+        if isinstance(error, redis.RedisError | OSError):
+            raise self._sorted(error) from error
 
     def close(self) -> None:
         self._live = False
+        if self._reader is not None:
+            self._reader.fd = -1
         with suppress(redis.RedisError, OSError):
             self._connection.disconnect()
 
@@ -155,6 +225,25 @@ class RedisLink:
             self.restarts += 1
             log.warning("the page store %s is another process than before (run_id %s)", self.address, run_id)
         self.run_id, self._live = run_id, True
+        self._lend()
+
+    def _ensure_live(self) -> None:
+        if self._live and self._reader is not None and self._reader.broken:
+            self.close()
+        if not self._live:
+            self._connect()
+
+    def _lend(self) -> None:
+        """Let the reader use the connection, if that is a plain socket whose bytes can be handed to the parser."""
+        if self._reader is None:
+            return
+        sock = getattr(self._connection, "_sock", None)
+        usable = self._live and type(sock) is socket.socket and self._parser_feed() is not None
+        self._reader.fd, self._reader.broken = (sock.fileno() if usable and sock else -1), False
+
+    def _parser_feed(self) -> Any:
+        """How hiredis takes bytes that somebody else has received; None where redis-py parses without it."""
+        return getattr(getattr(getattr(self._connection, "_parser", None), "_reader", None), "feed", None)
 
     def _ask_if_allowed(self, *command: bytes | str | int) -> int | None:
         """The answer, if it is a number; None where this user may not ask, or there is nothing to tell."""

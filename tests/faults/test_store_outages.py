@@ -146,6 +146,39 @@ def test_the_program_waits_and_goes_on(
     assert "the store answers again" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("ahead", ["prefetch.enabled=false", "prefetch.enabled=true"])
+def test_connections_that_are_cut_again_and_again(
+    ahead: str, open_region: OpenRegion, redis_server: RedisServer
+) -> None:
+    """While the program reads: in the middle of replies, between them, during a window, while resolvers doze."""
+    region = open_region(*LIMITS[:-1], ahead, f"store.url={redis_server.unix_url}", WAIT)
+    array = region.empty((200, SIZE), "u1")
+    fill(array)
+    region.evict(array)
+    admin, reading, cuts = redis_server.admin(), threading.Event(), 0
+    reading.set()
+
+    def cut() -> None:
+        nonlocal cuts
+        while reading.is_set():
+            cuts += int(admin.execute_command("CLIENT", "KILL", "TYPE", "normal"))  # not this connection
+            threading.Event().wait(0.002)
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    try:
+        for _ in range(3):
+            assert right(array)
+    finally:
+        reading.clear()
+        cutter.join()
+    assert cuts > 10
+    with inside(region) as look:
+        look.validate()
+    counters = region.stats().counters
+    assert (counters["poisoned"], counters["withheld"]) == (0, 0)
+
+
 def test_pins_and_discards_do_not_wait_for_the_store(open_region: OpenRegion, redis_server: RedisServer) -> None:
     region = open_region(*LIMITS, f"store.url={redis_server.unix_url}", WAIT)
     array = region.empty((30, SIZE), "u1")

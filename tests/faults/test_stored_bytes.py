@@ -125,6 +125,8 @@ def test_every_change_is_found_and_nothing_else_suffers(
             # Only a plain page file is read by the monitor itself (the kernel has no RWF_NOWAIT for shared memory).
             assert (fetch_calls == 0) is (kind == "file" and encrypt == "plain")
         elif way == "batch":
-            assert fetch_calls <= 2  # 0 where native code reads a page file ahead
+            assert (
+                fetch_calls <= 2
+            )  # the second, where Python asks again for what native code did not find as it should be
         region.discard(array)
         assert not array.any()

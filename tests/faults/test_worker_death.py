@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from regions import Inside, inside, wait_until
+from store_servers import RedisServer
 
 import dmh
 from dmh.lspt.states import State
@@ -151,6 +152,12 @@ class TestAWorkerThatDies:
     def test_in_a_fault_that_the_pool_resolves(self, open_region: OpenRegion) -> None:
         steps = (*FAULT_STEPS, *POOL_STEPS)
         die_at(open_region(*LIMITS, "workers.inline=false", "prefetch.window=8 pages"), *steps, *steps)
+
+    def test_in_a_fault_that_a_server_answers(self, open_region: OpenRegion, redis_server: RedisServer) -> None:
+        url = f"store.url={redis_server.unix_url}"
+        steps = (*FAULT_STEPS, *POOL_STEPS)
+        die_at(open_region(*LIMITS, "prefetch.window=8 pages", url), *steps)
+        die_at(open_region(*LIMITS, "prefetch.enabled=false", url), *steps)
 
     @pytest.mark.parametrize("policy", ["fifo", "idle-walk"])
     def test_in_an_eviction(self, open_region: OpenRegion, policy: str, tmp_path: Path) -> None:

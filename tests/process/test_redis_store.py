@@ -156,7 +156,7 @@ class TestDamage:
         with monkeypatch.context() as patched:
             patched.setattr(connection, "read_response", read_one_then_interrupt)
             with pytest.raises(KeyboardInterrupt):
-                store.get_many(pages, empty(200))
+                store.put_many(pages, data)
         out = empty(1)
         assert store.get_many(numbers(199), out).all()
         assert np.array_equal(out[0], data[199])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,3 +78,15 @@ def test_without_time_left_nothing_is_marked_until_it_has_accrued() -> None:
     assert budget.pages(2.0, 10) == 0
     assert budget.pages(3.0, 10) == 10
     assert MarkBudget(0.0).pages(1.0, 10) == 0
+
+
+def test_what_was_saved_up_is_not_spent_while_pages_must_leave() -> None:
+    budget = MarkBudget(0.1)
+    budget.pages(1.0, 256)
+    budget.spent(0.0, 256)  # free until now, so that only time counts
+    for k in range(1, 100):
+        assert budget.pages(1.0 + k / 1000, 10**9, pressed=True) == pytest.approx(
+            1e-4 / budget.page_cost, rel=0.01, abs=1
+        )
+    assert budget.left == SAVED_SECONDS
+    assert budget.pages(1.1, 10**9) == int(SAVED_SECONDS / budget.page_cost)
