@@ -91,6 +91,8 @@ class Leaver:
         states = self._table.words[pages] & 15
         done: list[Pages] = [self._write_out(pages[states == State.STAGED])]
         waiting = pages[states == State.RESIDENT]
+        done.append(self._drop(waiting))
+        waiting = waiting[~np.isin(waiting, done[-1])]
         while len(waiting):
             room = self._table.slots - self._table.staged
             if not room:
@@ -106,6 +108,21 @@ class Leaver:
         state, pinned = words & np.uint64(15), self._table.pins[left] != 0
         held: Pages = left[(state == State.STAGED) | ((state == State.RESIDENT) & ~pinned)]
         return held
+
+    def _drop(self, pages: Pages) -> Pages:
+        """Let those resident pages go unseen that nobody can have written to since they came in; returns them."""
+        quiet = self._table.raw.quiet
+        pages = np.sort(pages[self._table.calm[pages] == quiet]) if quiet else NO_PAGES
+        if not len(pages):
+            return NO_PAGES
+        self._check_epoch(pages)
+        if self._unmapper and np.count_nonzero(np.diff(pages) > 1) >= SCATTERED:
+            self._unmapper.unmap(pages)
+        outcome = np.zeros(len(pages), np.uint8)
+        arrays = ffi.from_buffer("uint64_t[]", pages), len(pages), ffi.from_buffer("uint8_t[]", outcome)
+        lib.dmh_drop_clean(self._context, *arrays)
+        dropped: Pages = pages[outcome != lib.DMH_OUT_SKIPPED]
+        return dropped
 
     def _capture(self, pages: Pages) -> tuple[Pages, npt.NDArray[np.uint32]]:
         """RESIDENT -> STAGED; returns the pages captured and their slots, ascending."""

@@ -128,6 +128,7 @@ class Launcher:
         self._own(pipe[0], pipe[1])
         self.table = Table(table_fd)
         self._undo.callback(self.table.close)
+        self.clients.writers.update()
         placement = Placement.of(config.workers.cpus)
         setup = Setup(
             name=self.name,
@@ -274,7 +275,7 @@ class Launcher:
     def run(self) -> None:
         """Serve until stopped."""
         while not self._stopping:
-            for key, _ in self._selector.select(self.clients.children.look_after()):
+            for key, _ in self._selector.select(self.clients.look_after()):
                 # One that a call before this one in the same round has ended is not asked any more.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
@@ -340,6 +341,8 @@ class Launcher:
         self.unwatch(worker.channel)
         worker.process.wait()
         lib.dmh_worker_gone(self.table.raw, worker.number)
+        if worker.role == "monitor":
+            self.clients.writers.births_lost()
         try:
             successor = self.pool.restart(worker, self.clients.views(), self.clients.pinned())
         except ServiceError as error:
@@ -381,6 +384,7 @@ class Launcher:
             self.table,
             name=self.name,
             programs=self.clients.attached,
+            writers=self.clients.writers.count,
             limit=self.limits.limit,
             allocated=self.extents.pages - self.extents.free_pages,
             seconds=time.monotonic() - self._began,
