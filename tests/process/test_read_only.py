@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from readonly import CAN_SEAL, SMALL, Service, service, some_pages, stored_in
 from regions import follows, run_python, wait_until
+from store_servers import RedisServer
 
 import dmh
 from dmh.errors import RegionError
@@ -269,8 +270,21 @@ class TestPagesThatNobodyCanHaveWrittenTo:
             running.evict(reader)
             assert running.look.states(0, 9) == [*[State.RESIDENT] * 8, State.STORED]
 
-    def test_not_where_the_store_may_be_another(self, tmp_path: Path) -> None:
-        """A page that is local may be the only copy when the store has forgotten it."""
+    def test_not_where_the_store_has_been_started_anew(self, redis_server: RedisServer) -> None:
+        """It has forgotten everything: what is local is the only copy."""
+        with service(*SMALL, f"store.url={redis_server.unix_url}", "prefetch.enabled=false") as running:
+            versions = running.fill()
+            reader = running.program("r")
+            running.evict(reader)
+            few = {page: versions[page] for page in range(16)}
+            assert reader.ask("check", few) == []
+            redis_server.stop()
+            redis_server.start()
+            time.sleep(1.2)  # the evictor asks once a second
+            running.evict(reader)
+            assert reader.ask("check", few) == []
+
+    def test_not_where_a_write_may_have_failed_half_way(self, tmp_path: Path) -> None:
         with service(*SMALL, stored_in(tmp_path)) as running:
             versions = running.fill()
             reader = running.program("r")
@@ -334,6 +348,24 @@ class TestAWriterThatComesAndGoes:
             versions = dict.fromkeys(range(running.pages), 2)
             writer.ask("write", versions)
             assert reader.ask("check", versions) == []
+
+    def test_what_it_wrote_before_its_page_was_published(self, tmp_path: Path) -> None:
+        """A page is there for the program a moment before the table says so; by then the writer may have gone."""
+        with service(*SMALL, stored_in(tmp_path), "workers.inline=false", "prefetch.enabled=false") as running:
+            versions = running.fill()
+            reader = running.program("r")
+            running.evict(reader)
+            writer = running.program("r+")
+            raw = running.look.table.raw
+            raw.park = NUMBERS["copied"] + 1
+            assert writer.ask("write", {7: 2}) is None
+            assert raw.parked
+            writer.kill()  # not `leave`, which is answered when every worker has let go of its view
+            wait_until(lambda: quiet(running) > 0, "the writer is gone")
+            unpark(raw)
+            wait_until(lambda: running.look.table.state(7) is State.RESIDENT, "the page is published")
+            running.evict(reader)
+            assert reader.ask("check", versions | {7: 2}) == []
 
     @pytest.mark.parametrize("how", ["detaches", "is killed", "hangs up", "leaves a child"])
     def test_the_quiet_begins_when_its_mapping_is_gone(self, how: str) -> None:
