@@ -106,7 +106,7 @@ def _kernel() -> Iterator[Finding]:
         "sealed mappings",
         _yes(sealed),
         INFO if sealed else OK,
-        "region.seal keeps a stray munmap from taking the region away",
+        'region.seal keeps a stray munmap from taking the region away; programs of mode "r" stay read-only by it',
         "Linux 6.10 or newer" if sealed else "",
     )
     directory = Path("/var/tmp")

@@ -31,7 +31,7 @@ class Lingering:
     Attributes:
         view: its number.
         base: where it lies.
-        uffd: its userfaultfd, which knows whether its address space is there; -1 after another launcher, which had it.
+        uffd: its userfaultfd, which knows whether its address space is there; -1: another launcher had it.
         pid, started: its process, asked where there is no userfaultfd.
     """
 
@@ -81,9 +81,11 @@ class Writers:
         """
         if client.writes and not client.taken_down and not lib.dmh_view_is_gone(client.uffd, client.base):
             program = self._launcher.ledger.state.programs[client.view]
-            self._lingering.append(
-                Lingering(client.view, client.base, os.dup(client.uffd), program.pid, program.started)
-            )
+            try:
+                uffd = os.dup(client.uffd)
+            except OSError:  # no descriptor is left: then its process's end must do
+                uffd = -1
+            self._lingering.append(Lingering(client.view, client.base, uffd, program.pid, program.started))
             self._launcher.ledger.note("lingers", view=client.view, base=client.base)
 
     def look_after(self) -> float | None:

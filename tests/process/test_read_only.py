@@ -177,10 +177,11 @@ class TestWhatAReaderMayDo:
         import subprocess
         a = region.ndarray((100, 4096), "u1", int(sys.argv[2]))
         then = ("import pickle, sys; a = pickle.loads(bytes.fromhex(sys.argv[1])); "
-                "print(a.flags.writeable, int(a[9].sum()), a.base is not None)")
+                "from dmh.region.array import region_of; "
+                "print(a.flags.writeable, int(a[9].sum()), region_of(a).mode)")
         print(subprocess.check_output([sys.executable, "-c", then, pickle.dumps(a).hex()], text=True))
         """
-        assert self.run(region, code, region.offset_of(array))[0] == f"False {9 * 4096} True"
+        assert self.run(region, code, region.offset_of(array))[0] == f"False {9 * 4096} r"
 
     @pytest.mark.skipif(not follows(), reason="needs CAP_SYS_PTRACE, to follow forks")
     def test_a_forked_child_reads_and_cannot_write(self, written: tuple[dmh.Region, np.ndarray]) -> None:
@@ -402,6 +403,32 @@ class TestAWriterThatComesAndGoes:
                 os.kill(child, signal.SIGKILL)
             wait_until(lambda: quiet(running) > first, "the next period has begun")
             assert running.stats()["writers"] == 0
+
+    @pytest.mark.skipif(not follows(), reason="needs CAP_SYS_PTRACE, to follow forks")
+    def test_word_of_a_child_of_it_may_have_died_with_the_monitor(self) -> None:
+        """Only a program that can write matters; and then there is no quiet any more, for who knows who inherited it."""
+        with service(*SMALL) as running:
+            versions = running.fill()
+            reader = running.program("r")
+            raw = running.look.table.raw
+
+            def kill_monitor() -> None:
+                before = running.counters()["restarts"]
+                os.kill(int(raw.pids[0]), signal.SIGKILL)
+                wait_until(lambda: running.counters()["restarts"] > before, "a successor is at work")
+
+            kill_monitor()
+            assert quiet(running) > 0
+            assert reader.ask("check", versions) == []
+            writer = running.program("r+")
+            kill_monitor()
+            writer.leave()
+            wait_until(lambda: running.stats()["writers"] == 0, "the writer is gone")
+            assert quiet(running) == 0
+            dropped = running.counters()["dropped_clean"]
+            assert reader.ask("check", versions) == []
+            running.evict(reader)
+            assert running.counters()["dropped_clean"] == dropped
 
     def test_a_sealed_mapping_that_can_be_written_through_counts_until_its_process_ends(self) -> None:
         with service(*SMALL, "region.seal=true") as running:
