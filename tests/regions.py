@@ -69,6 +69,11 @@ class Inside:
         return self._fds[0]
 
     @property
+    def region_fd(self) -> int:
+        """The region's memory."""
+        return self._fds[1]
+
+    @property
     def processes(self) -> list[int]:
         """Every process of the service."""
         return [self.launcher, *(pid for pids in self.workers.values() for pid in pids)]

@@ -21,7 +21,6 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from dmh.evict import unmap as unmapping
 from dmh.evict.budget import MarkBudget
 from dmh.evict.heal import Healer
 from dmh.evict.idle import open_source
@@ -29,7 +28,6 @@ from dmh.evict.leave import Leaver
 from dmh.evict.lpet import Lpet, local_in_use
 from dmh.evict.policies import policy_class
 from dmh.evict.reserve import Reserve
-from dmh.evict.unmap import Unmapper
 from dmh.lspt.states import State
 from dmh.native import lib
 from dmh.observe.trace import Kind, TraceWriter
@@ -55,15 +53,14 @@ class Evictor:
         self.store = worker.open_store()
         recover(worker, self.store)
         pipe, retry = (worker.pipe_out, worker.pipe_in), worker.retry()
-        unmapper = Unmapper(worker.context) if unmapping.probe() is None else None
         self.leaver = Leaver(
-            self.table, worker.context, setup.number, worker.slots, pipe, self.store, retry, unmapper
+            self.table, worker.context, setup.number, worker.slots, pipe, self.store, retry
         )  # fmt: skip
         self.healer = Healer(self.table, worker.context, self.store, retry)
         if setup.restarted:
             self.leaver.distrust()  # the store may have been restarted as well, and who would have noticed is dead
         self.recording = TraceWriter(**setup.record, resume=setup.restarted) if setup.record else None
-        source = open_source(setup.idle, worker.context, self.table, self.leaver, unmapper)
+        source = open_source(setup.idle, worker.context, self.table, self.leaver)
         limit = local_in_use(setup.high, setup.low, adaptive=setup.adaptive)
         self.lpet = Lpet(
             self.table,

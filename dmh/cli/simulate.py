@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _setting(args: argparse.Namespace, pages: int, limit: int) -> Setting:
-    """Of a service with the configuration that is named, for so many pages, so many of them in memory."""
+def _setting(args: argparse.Namespace, pages: int, limit: int, policy: str) -> Setting:
+    """Of a service with the configuration that is named, for so many pages, so many of them in memory, and a policy."""
 
     def loaded(*sizes: str) -> Config:
         overrides = [*args.overrides, *sizes]
@@ -116,7 +116,7 @@ def _setting(args: argparse.Namespace, pages: int, limit: int) -> Setting:
 
     page_size = loaded().region.page_size
     config = loaded(f"region.size={pages * page_size}", f"memory.limit={limit * page_size}")
-    return Setting.of(config, choose_source(config.evictor.idle, page_size))
+    return Setting.of(config, choose_source(config.evictor.idle, policy_class(policy), page_size))
 
 
 def _limit(text: str, problems: list[str]) -> float:

@@ -238,7 +238,7 @@ class EvictorConfig(_Section):
         default="auto",
         description="How a page's use is told: page_idle by the kernel's idle page tracking, unmap by taking it out of "
         "the page tables, buffer by moving it to the victim buffer, none not at all; auto takes the first of them that "
-        "works here.",
+        "works here for policies that do better by it (idle-walk, s3fifo, lirs, clock), else none.",
         json_schema_extra={"enum": list(IDLE_SOURCES)},
     )
     buffer: _Share = Field(

@@ -13,6 +13,7 @@ from dmh.config import about
 from dmh.doctor.finding import Finding, Level
 from dmh.errors import ServiceError
 from dmh.evict.idle import choose_source, page_idle, unmap
+from dmh.evict.policies.base import Policy
 from dmh.machine import kernel, limits, memory
 from dmh.service.launcher import PIPE_BYTES
 from dmh.service.paths import base_directory, check_private, running_services
@@ -106,7 +107,7 @@ def _kernel() -> Iterator[Finding]:
         "sealed mappings",
         _yes(sealed),
         INFO if sealed else OK,
-        "region.seal keeps a stray munmap from taking the region away",
+        'region.seal keeps a stray munmap from taking the region away; programs of mode "r" stay read-only by it',
         "Linux 6.10 or newer" if sealed else "",
     )
     directory = Path("/var/tmp")
@@ -252,14 +253,14 @@ def _pipes(group: str) -> Iterator[Finding]:
 
 
 def _idle_sources() -> Iterator[Finding]:
-    """In the order in which `evictor.idle: auto` takes them."""
-    taken = choose_source("auto", 4096)
+    """In the order in which `evictor.idle: auto` takes them, for a policy that profits from marks."""
+    taken = choose_source("auto", Policy, 4096)
     for name, reason, meaning in (
         ("page_idle", page_idle.probe(), "the kernel's idle flags: a mark costs a program nothing"),
         ("unmap", unmap.probe(4096), "a mark costs a program one minor fault, where it uses the page"),
         ("buffer", None, "a mark moves the page to the victim buffer, from where a use brings it back"),
     ):
-        used = ", used by evictor.idle=auto" if name == taken else ""
+        used = ", what policies that mark use" if name == taken else ""
         level = INFO if reason else LESS if used and name == "buffer" else OK
         mend = f"for a better one: {unmap.probe(4096)}" if level == LESS else reason or ""
         yield Finding("idle sources", name, ("no" if reason else "yes") + used, level, meaning, mend)

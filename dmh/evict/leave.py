@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dmh.errors import StoreError
-from dmh.evict.unmap import Unmapper
 from dmh.lspt.states import Copy, State
 from dmh.lspt.steps import NUMBERS
 from dmh.lspt.table import Table
@@ -25,9 +24,6 @@ from dmh.store.base import OpenStore
 from dmh.store.retry import Retry
 
 log = logging.getLogger("dmh")
-
-SCATTERED = 3
-"""Gaps among the pages of a batch, from which on unmapping the batch first costs less than one interruption a run."""
 
 Pages = npt.NDArray[np.uint64]
 NO_PAGES: Pages = np.empty(0, np.uint64)
@@ -54,7 +50,6 @@ class Leaver:
         pipe: tuple[int, int],
         store: OpenStore,
         retry: Retry,
-        unmapper: Unmapper | None,
     ) -> None:
         self._table = table
         self._context = context
@@ -64,7 +59,6 @@ class Leaver:
         self._pipe_bytes = lib.dmh_pipe_bytes(self._pipe_in)
         self._store = store
         self._retry = retry
-        self._unmapper = unmapper
         self._rotor = 0
         self._leaving = ffi.new("struct dmh_leaving *")
         whole = np.frombuffer(ffi.buffer(self._leaving), np.uint8)
@@ -106,8 +100,8 @@ class Leaver:
 
     def _evict_resident(self, pages: Pages) -> Pages:
         pages = np.sort(pages)
-        if self._unmapper and self._unmapper.pays and np.count_nonzero(np.diff(pages) > 1) >= SCATTERED:
-            self._unmapper.unmap(pages)
+        if self._table.raw.quiet:
+            pages = np.setdiff1d(pages, self._drop(pages), assume_unique=True)
         left: list[Pages] = []
         while len(pages):
             part, pages = pages[:MOST_LEAVING], pages[MOST_LEAVING:]
@@ -140,6 +134,20 @@ class Leaver:
             if not self._write(pages, self._leaving_slots[:dirty], self._leaving_sums[:dirty]):
                 left.append(pages)
         return not_looked_at
+
+    def _drop(self, pages: Pages) -> Pages:
+        """Let those of these resident pages (ascending) go unseen that nobody can have written to since they came in;
+        returns them.
+        """
+        pages = pages[self._table.calm[pages] == self._table.raw.quiet]
+        if not len(pages):
+            return NO_PAGES
+        self._check_epoch(pages)
+        outcome = np.zeros(len(pages), np.uint8)
+        arrays = ffi.from_buffer("uint64_t[]", pages), len(pages), ffi.from_buffer("uint8_t[]", outcome)
+        lib.dmh_drop_clean(self._context, *arrays)
+        dropped: Pages = pages[outcome != lib.DMH_OUT_SKIPPED]
+        return dropped
 
     def _capture(self, pages: Pages) -> tuple[Pages, npt.NDArray[np.uint32]]:
         """RESIDENT -> STAGED; returns the pages captured and their slots, ascending."""

@@ -1,17 +1,14 @@
 """Takes pages out of the page tables of every program, many at a time, and leaves them in memory.
 
 Owns the question whether that is safe: MADV_PAGEOUT writes to swap where there is any, so there must be none in reach
-(`dmh.evict.swap`).  Two make use of it: the idle source `unmap`, which looks afterwards which pages are back, and the
-capture of scattered pages (`dmh.evict.leave`): punching a hole under a page that is mapped interrupts every processor
-that runs the program, 10 to 20 µs a page on virtual machines; unmapping a batch first does so once for all of it.
+(`dmh.evict.swap`).  The idle source `unmap` makes use of it.  Capture does not: of scattered pages the kernel unmaps
+each by itself and interrupts the processors that run the program twice for it, where a punch does so once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +22,6 @@ from dmh.native import ffi, lib
 log = logging.getLogger("dmh")
 
 Pages = npt.NDArray[np.uint64]
-
-LOOK_SECONDS = 1.0
-"""How often to look which processors the programs may run on."""
 
 
 def probe(proc: Path = PROC, cgroups: Path = CGROUPS) -> str | None:
@@ -54,23 +48,7 @@ class Unmapper:
         self._swap = SwapWatch(proc, cgroups)
         self._pids = ffi.new(f"int[{lib.DMH_MAX_VIEWS}]")
         self._paused: str | None = None
-        self._pays, self._looked_at = True, -LOOK_SECONDS
         lib.dmh_ctx_look(context)
-
-    @property
-    def pays(self) -> bool:
-        """Does unmapping scattered pages before they are captured cost less than it saves?  Not where the programs and
-        this process share one processor: there is no other to interrupt.
-        """
-        now = time.monotonic()
-        if now - self._looked_at >= LOOK_SECONDS:
-            self._looked_at = now
-            self._pays = len(_processors([os.getpid(), *self._programs()])) > 1
-        return self._pays
-
-    def unmap(self, pages: Pages) -> None:
-        """Unmap these pages (ascending for the sake of runs), if that is safe now."""
-        self._run(lambda: lib.dmh_unmap_pages(self._context, ffi.from_buffer("uint64_t[]", pages), len(pages)))
 
     def mark(self, pages: Pages) -> npt.NDArray[np.uint8]:
         """Unmap these pages, if that is safe now; 0 for those that are mapped all the same."""
@@ -101,12 +79,3 @@ class Unmapper:
     def _programs(self) -> list[int]:
         n = lib.dmh_view_pids(self._context, self._pids, lib.DMH_MAX_VIEWS)
         return list(self._pids[0:n])
-
-
-def _processors(pids: list[int]) -> set[int]:
-    """Those that any of these processes may run on."""
-    found: set[int] = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):  # it has ended
-            found |= os.sched_getaffinity(pid)
-    return found

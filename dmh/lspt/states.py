@@ -8,7 +8,8 @@ A word is 64 bits:
     bits  0..3   state
     bits  4..10  worker: number of the process that holds the page (FETCHING, EVICTING), else 0
     bit  11      FETCHING: the content has to come from the DMS, so that a claim given up leads back to STORED;
-                 POISONED: the DMS did not answer, and may have the content yet
+                 POISONED: the DMS did not answer, and may have the content yet;
+                 EVICTING: it is being dropped as it is, because the DMS has it, or it is all zeros
     bits 12..31  slot + 1 in the victim buffer (STAGED, and FETCHING while the slot is the only copy), else 0
     bit  32      FETCHING, EVICTING: programs' mappings carry the mark that raises SIGBUS, or some of them do
     bits 33..63  generation: one more at every transition, so that a word is never seen twice (no ABA)

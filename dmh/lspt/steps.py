@@ -29,6 +29,8 @@ STEPS: dict[str, str] = {
     "summed": "the table has a page's new hash, the page is not yet STORED",
     "acknowledged": "the first page of a batch is STORED, its slot not yet free",
     "discarding": "pages that are being given up are out of the region, and still EVICTING",
+    "dropping": "pages that nobody can have written to are EVICTING, and still in the region",
+    "let_go": "such pages are out of the region, and still EVICTING",
     "marking": "the first program's mapping of a page has the mark that raises SIGBUS, the others do not",
     "healing": "a page's content is in the region again and the first program's mapping healed, the others are not",
 }

@@ -49,6 +49,7 @@ class Table:
         self.sums: npt.NDArray[np.uint64] = self._array(lib.dmh_sums(self.raw), self.pages, np.uint64)
         self.copies: npt.NDArray[np.uint8] = self._array(lib.dmh_copies(self.raw), self.pages, np.uint8)
         self.pins: npt.NDArray[np.uint8] = self._array(lib.dmh_pins(self.raw), self.pages, np.uint8)
+        self.calm: npt.NDArray[np.uint32] = self._array(lib.dmh_calm(self.raw), self.pages, np.uint32)
         self.advice: npt.NDArray[np.uint8] = self._array(lib.dmh_advice(self.raw), self.pages, np.uint8)
 
     @staticmethod

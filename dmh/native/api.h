@@ -23,7 +23,7 @@ struct dmh_shared {
     uint64_t page_size, page_shift, pages, slots, workers, ring_entries;
     uint64_t resident_max;      /* pages; memory.limit less the victim buffer: the hard bound */
     uint64_t high, low;         /* pages; LPET's thresholds, over local pages */
-    uint64_t words_at, sums_at, copies_at, pins_at, advice_at, slots_at, rings_at, journal_at, lanes_at, posts_at, bytes; /* offsets from here */
+    uint64_t words_at, sums_at, copies_at, pins_at, advice_at, calm_at, slots_at, rings_at, journal_at, lanes_at, posts_at, bytes; /* offsets from here */
     uint64_t resident;          /* pages that occupy, or are promised, memory of the region; <= resident_max */
     uint64_t staged;            /* slots in use; <= slots */
     uint64_t rung_at;           /* local pages that the fault which rang had found; 0: nobody has since LPET last ran */
@@ -38,6 +38,8 @@ struct dmh_shared {
     uint32_t stop;              /* set once: nobody waits any more */
     uint32_t events_lost;       /* a ring was full: LPET must look at the table */
     uint32_t heal_due;          /* a page is POISONED only because the DMS did not answer, or one was: the evictor looks */
+    uint32_t quiet;             /* number of the period that lasts in which no program can write to the region; 0: one can.  See dmh_drop.c */
+    uint32_t quiets;            /* how many such periods there were: numbers are not used again */
     uint32_t pids[72];          /* per worker: its process; 0: there is none now */
     uint64_t store_away[72];    /* per worker: since when the store fails it, CLOCK_MONOTONIC; 0: it does not */
     uint64_t dispatched[72];    /* per resolver: messages sent to it */
@@ -90,6 +92,7 @@ uint64_t *dmh_sums(struct dmh_shared *s);
 uint8_t  *dmh_copies(struct dmh_shared *s);
 uint8_t  *dmh_pins(struct dmh_shared *s);
 uint8_t  *dmh_advice(struct dmh_shared *s);
+uint32_t *dmh_calm(struct dmh_shared *s);
 struct dmh_counters *dmh_counters_of(struct dmh_shared *s, uint32_t worker);
 struct dmh_journal *dmh_journal_of(struct dmh_shared *s);
 void     dmh_count(struct dmh_shared *s, uint32_t worker, uint32_t counter, uint64_t n);
@@ -265,6 +268,7 @@ struct dmh_leaving {
     uint64_t lost[1024];        /* out: POISONED */
 };
 int      dmh_leave(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes, struct dmh_leaving *l);
+int      dmh_drop_clean(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint8_t *outcome);
 int      dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint32_t *slots, uint8_t *outcome,
                     uint64_t *sums, int keep);
 int      dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint32_t *slots, const uint64_t *sums,
@@ -313,7 +317,6 @@ int      dmh_replay_program(struct dmh_shared *s, struct dmh_program *r, const u
 
 void     dmh_ctx_look(struct dmh_ctx *c);
 int      dmh_view_pids(struct dmh_ctx *c, int *out, int max);
-int      dmh_unmap_pages(struct dmh_ctx *c, const uint64_t *pages, uint64_t n);
 int      dmh_mark_unmap(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint8_t *marked);
 int      dmh_look_unmap(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, uint8_t *used);
 int      dmh_mark_page_idle(struct dmh_ctx *c, int bitmap_fd, const uint64_t *pages, uint64_t n, uint8_t *marked);

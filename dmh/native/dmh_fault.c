@@ -216,14 +216,19 @@ void report_lost(const struct dmh_plan *p)
                 p->lost_why[i] == DMH_LOST_MISSING ? "the store does not have it any more" : "its bytes are not the ones that were stored");
 }
 
-/* RESIDENT, for a run whose content is in place; whoever waited on another view is woken after that. */
-static void publish(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint32_t k, struct view *through)
+/*
+ * RESIDENT, for a run whose content is in place; whoever waited on another view is woken after that.  quiet: the quiet period that lasted before it was
+ * in place.  What comes from a slot keeps what was noted of it: where nobody can write, moving changes nothing.
+ */
+static void publish(struct dmh_ctx *c, struct dmh_plan *p, uint32_t i, uint32_t k, struct view *through, uint32_t quiet)
 {
     AT(c, DMH_AT_COPIED);
     enter(c);
     for (uint32_t j = i; j < i + k; j++) {
         uint64_t w = p->word[j];
         int32_t slot = word_slot(w);
+        if (p->kind[j] != DMH_STAGED)
+            STORE(&c->calm[p->page[j]], quiet);
         if (!move_word(c, p->page[j], &w, DMH_RESIDENT, 0, -1))
             dmh_die("page %llu: a claim was changed by somebody else", (unsigned long long)p->page[j]);
         AT(c, DMH_AT_PUBLISHED);
@@ -266,6 +271,8 @@ static void wake_span(struct dmh_ctx *c, struct view *v, uint64_t one, uint64_t 
 int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, uint32_t chunk)
 {
     const uint64_t size = c->s->page_size;
+    /* Before any page is there to be written to: a period that has begun since says nothing of what was done to it before. */
+    const uint32_t quiet = LOAD(&c->s->quiet);
     uint32_t row = 0, held = 0, since = 0; /* pages installed since somebody was last woken; the first of them */
     for (uint32_t i = 0, k; i < p->n; i += k) {
         k = run_from(p, i, i == 0 && p->n > 8 ? 8 : chunk);
@@ -317,7 +324,7 @@ int dmh_install(struct dmh_ctx *c, struct dmh_plan *p, const uint8_t *buffer, ui
             if (word_marked(p->word[j]))
                 unmark(c, p->page[j]);
         if (r == V_DONE)
-            publish(c, p, i, k, v);
+            publish(c, p, i, k, v, quiet);
         if (held && !c->holds_wakes)
             wake_span(c, v, p->page[since], p->page[i]);
         held = c->holds_wakes ? held + 1 : 0;

@@ -157,17 +157,6 @@ static void unmap_everywhere(struct dmh_ctx *c, const uint64_t *pages, uint64_t 
     }
 }
 
-/* 0, or -EPERM where a view cannot be looked into. */
-int dmh_unmap_pages(struct dmh_ctx *c, const uint64_t *pages, uint64_t n)
-{
-    pthread_rwlock_rdlock(&c->lock);
-    int r = all_visible(c);
-    if (!r)
-        unmap_everywhere(c, pages, n);
-    pthread_rwlock_unlock(&c->lock);
-    return r;
-}
-
 /*
  * Source `unmap`: marked[i] = 0: the page is mapped all the same, because two processes have it mapped or because it was touched at once.
  * Returns how many are marked, or -EPERM.

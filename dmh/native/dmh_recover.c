@@ -64,20 +64,21 @@ static int mine(struct dmh_ctx *c, uint64_t word, uint32_t state)
 }
 
 /*
- * A page that was being brought in.  All of it is there: it was verified before, and the program may have changed it since, so it is RESIDENT.
- * Nothing is there: it is what it was.  Part of it is there (a page of several kernel pages): that part stays and the rest is filled in.
- * 0: done.  1: the rest has to come from the DMS; the page stays FETCHING, and the caller's.
+ * A page that was being brought in, or dropped (dmh_drop.c).  All of it is there: it was verified before, and the program may have changed it since, so
+ * it is RESIDENT.  Nothing is there: it is what it was.  Part of it is there (a page of several kernel pages): that part stays and the rest is filled in.
+ * 0: done.  1: the rest has to come from the DMS; the page stays as it is, and the caller's.
  */
 static int settle_claim(struct dmh_ctx *c, uint64_t page, uint64_t word)
 {
     const uint64_t size = c->s->page_size, offset = page * size;
     int32_t slot = word_slot(word);
+    int from_store = word_state(word) == DMH_EVICTING ? c->copies[page] == DMH_COPY_VALID : word_from_store(word);
     uint64_t there = pages_present(c, offset, size) * DMH_KERNEL_PAGE;
     if (!there) {
-        set(c, page, word, slot >= 0 ? DMH_STAGED : word_from_store(word) ? DMH_STORED : DMH_NEW, 0, slot);
+        set(c, page, word, slot >= 0 ? DMH_STAGED : from_store ? DMH_STORED : DMH_NEW, 0, slot);
         return 0;
     }
-    if (there < size && slot < 0 && word_from_store(word))
+    if (there < size && slot < 0 && from_store)
         return 1;
     if (there < size && fill(c, own_view(c), offset, size, slot >= 0 ? c->slots_base + (uint64_t)slot * size : NULL, 1) != V_DONE)
         dmh_die("page %llu: what a dead worker had begun to install cannot be finished", (unsigned long long)page);
@@ -177,7 +178,7 @@ static void recount(struct dmh_ctx *c)
 
 /*
  * Set right what the last holder of this worker's number left.  The views are known, the evictor has the pipe (others: -1).  Returns how many
- * pages are still FETCHING because part of them has to come from the DMS, listed in partial[]: dmh_install_rest finishes them.
+ * pages are still FETCHING (or EVICTING) because part of them has to come from the DMS, listed in partial[]: dmh_install_rest finishes them.
  */
 int64_t dmh_recover(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t *partial, uint64_t max)
 {
@@ -194,9 +195,9 @@ int64_t dmh_recover(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t *part
         uint64_t word = LOAD(&c->words[page]);
         if (word_marked(word) && (mine(c, word, DMH_EVICTING) || mine(c, word, DMH_FETCHING)))
             settle_marked(c, page, word);
-        else if (mine(c, word, DMH_EVICTING))
+        else if (mine(c, word, DMH_EVICTING) && !word_from_store(word))
             settle_eviction(c, page, word);
-        else if (mine(c, word, DMH_FETCHING) && settle_claim(c, page, word) && n < max)
+        else if ((mine(c, word, DMH_EVICTING) || mine(c, word, DMH_FETCHING)) && settle_claim(c, page, word) && n < max)
             partial[n++] = page;
     }
     recount(c);

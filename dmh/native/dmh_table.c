@@ -62,6 +62,7 @@ int dmh_shared_create(uint64_t pages, uint64_t page_size, uint64_t slots, uint64
     h.copies_at = at, at = align_up(at + pages, 4096);
     h.pins_at = at, at = align_up(at + pages, 4096);
     h.advice_at = at, at = align_up(at + pages, 4096);
+    h.calm_at = at, at = align_up(at + pages * 4, 4096);
     h.slots_at = at, at = align_up(at + slots * 4, 4096);
     h.rings_at = at, at = align_up(at + workers * sizeof(struct ring), 4096);
     h.bytes = at;
@@ -92,6 +93,7 @@ uint64_t *dmh_sums(struct dmh_shared *s) { return (uint64_t *)((uint8_t *)s + s-
 uint8_t *dmh_copies(struct dmh_shared *s) { return (uint8_t *)s + s->copies_at; }
 uint8_t *dmh_pins(struct dmh_shared *s) { return (uint8_t *)s + s->pins_at; }
 uint8_t *dmh_advice(struct dmh_shared *s) { return (uint8_t *)s + s->advice_at; }
+uint32_t *dmh_calm(struct dmh_shared *s) { return (uint32_t *)((uint8_t *)s + s->calm_at); }
 struct dmh_journal *dmh_journal_of(struct dmh_shared *s) { return (struct dmh_journal *)((uint8_t *)s + s->journal_at); }
 
 struct dmh_counters *dmh_counters_of(struct dmh_shared *s, uint32_t worker)

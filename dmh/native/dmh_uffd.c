@@ -196,6 +196,7 @@ struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_bas
     c->copies = dmh_copies(s);
     c->pins = dmh_pins(s);
     c->advice = dmh_advice(s);
+    c->calm = dmh_calm(s);
     c->counters = dmh_counters_of(s, worker);
     c->region_fd = region_fd;
     c->slots_base = slots_base;

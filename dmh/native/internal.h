@@ -31,7 +31,7 @@ static inline uint32_t word_state(uint64_t w) { return w & ((1u << DMH_STATE_BIT
 static inline uint32_t word_worker(uint64_t w) { return (w >> DMH_WORKER_SHIFT) & ((1u << DMH_WORKER_BITS) - 1); }
 /* -1 where the word names no slot */
 static inline int32_t word_slot(uint64_t w) { return (int32_t)((w >> DMH_SLOT_SHIFT) & ((1u << DMH_SLOT_BITS) - 1)) - 1; }
-/* of a FETCHING page: its content has to come from the DMS; of a POISONED one: the DMS was away, and may have it */
+/* of a FETCHING page: its content has to come from the DMS; of a POISONED one: the DMS was away, and may have it; of an EVICTING one: it is dropped */
 static inline int word_from_store(uint64_t w) { return (w >> DMH_FROM_STORE_SHIFT) & 1; }
 /* of a FETCHING or EVICTING page: programs' mappings carry the mark that raises SIGBUS, or some of them do */
 static inline int word_marked(uint64_t w) { return (w >> DMH_MARKED_SHIFT) & 1; }
@@ -58,6 +58,7 @@ struct dmh_ctx {
     struct dmh_shared *s;
     uint64_t *words, *sums;
     uint8_t *copies, *pins, *advice;
+    uint32_t *calm;             /* per page: in which quiet period it came in (dmh_drop.c) */
     struct dmh_counters *counters;
     int region_fd;
     uint8_t *slots_base, *own_base;

@@ -31,6 +31,7 @@ GAUGES: dict[str, str] = {
     "pinned": "pages kept resident by a pin",
     "allocated": "pages handed out to arrays",
     "programs": "programs that have the region mapped",
+    "writers": "of the programs, those that can write to it",
     "seconds": "seconds since the service started",
 }
 """Field of a snapshot -> what it is."""

@@ -29,6 +29,7 @@ COUNTERS: dict[str, str] = {
     "mark_us": "processor time that marks and looks have taken, in us",
     "clean": "of the evicted, pages dropped because the store has the same bytes",
     "zeroed": "of the evicted, pages dropped because they are all zeros",
+    "dropped_clean": "of the evicted, pages dropped unseen: nobody can have written to them since they came in",
     "written": "pages written to the store and acknowledged",
     "written_bytes": "bytes written to the store",
     "write_calls": "batched requests to the store for writing",

@@ -32,6 +32,7 @@ class Snapshot:
         pinned: kept resident by a pin.
         allocated: handed out to arrays.
         programs: that have the region mapped.
+        writers: of them, those that can write to it.
         states: pages in each state.
         counters: see `dmh.observe.names.COUNTERS`.
         policy, idle: the eviction policy, and the source that says whether a page was used.
@@ -61,6 +62,7 @@ class Snapshot:
     policy: str = ""
     idle: str = ""
     reserve: int = 0
+    writers: int = 0
 
     @classmethod
     def take(
@@ -73,6 +75,7 @@ class Snapshot:
         allocated: int,
         seconds: float,
         store: dict[str, Any],
+        writers: int = 0,
         policy: str = "",
         idle: str = "",
     ) -> Snapshot:
@@ -98,6 +101,7 @@ class Snapshot:
             store=store,
             policy=policy,
             idle=idle,
+            writers=writers,
             reserve=max(int(raw.resident_max) - int(raw.high), 0),
         )
 
@@ -140,6 +144,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "mark_us",
             "clean",
             "zeroed",
+            "dropped_clean",
             "written",
             "written_bytes",
             "write_calls",
@@ -168,7 +173,7 @@ def rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
             "memory",
             "region",
             f"{pages(snapshot.pages)}, {snapshot.allocated / snapshot.pages:.0%} allocated, {snapshot.programs} "
-            "programs",
+            f"programs, {snapshot.writers} that can write",
         ),
         ("memory", "stored", pages(snapshot.states.get("stored", 0))),
     ]

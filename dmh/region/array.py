@@ -87,7 +87,7 @@ class Block:
             "version": 3,
             "shape": (size,),
             "typestr": "|u1",
-            "data": (region._mapping.base + offset, False),
+            "data": (region._mapping.base + offset, not region.writable),
         }
         if first is not None:
             weakref.finalize(self, region._free, weakref.ref(region), first).atexit = False
@@ -127,18 +127,20 @@ def _block_of(array: Any) -> Block | None:
 
 # ---- the receiving process
 
-Handle = tuple[str, str, str]
-"""Of a region: control socket, the service's id, its name."""
+Handle = tuple[str, str, str, str]
+"""Of a region: control socket, the service's id, its name, the mode of whoever sent it."""
 
 
-def join(socket_path: str, service: str, name: str) -> Region:
-    """What a pickled region becomes: this process's region of that service, joined if it has none."""
-    for region in regions:
-        if region._service == service and not region._closed and region._pid == os.getpid():
-            return region
+def join(socket_path: str, service: str, name: str, mode: str) -> Region:
+    """What a pickled region becomes: this process's region of that service, joined as the sender had it if it has none.
+    Of several, the one of the sender's mode.
+    """
+    own = [r for r in regions if r._service == service and not r._closed and r._pid == os.getpid()]
+    if own:
+        return next((region for region in own if region.mode == mode), own[0])
     from dmh.region.region import attach_at  # it imports this module
 
-    region = attach_at(Path(socket_path))
+    region = attach_at(Path(socket_path), mode)
     if region._service != service:
         region.close()
         raise ServiceError(f"the service {name!r} that this came from has ended; another runs under its name")
@@ -155,10 +157,10 @@ def receive(
     kind: np.dtype[Any],
     writeable: bool,
 ) -> Array:
-    """What a pickled array becomes."""
+    """What a pickled array becomes; not writeable in a process that has the region with mode "r"."""
     region = join(*handle)
     block, start = region._take_loan(loan) if loan else (Block(region, 0, region.size), 0)
     memory: Any = np.asarray(block)
     array = Array(shape, kind, buffer=memory, offset=offset - start, strides=strides)
-    array.flags.writeable = writeable
+    array.flags.writeable = writeable and region.writable
     return array

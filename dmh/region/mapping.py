@@ -28,11 +28,17 @@ class Mapping:
         size: bytes.
         uffd: this process's userfaultfd.
         follows: forked children share the region.
+        sealed: it stays until the process ends.
+        writes: it can be written through.  One that is only read is sealed where the kernel can, because whoever holds
+            it could make it writable with mprotect.  A descriptor opened for reading would rule that out too, but
+            userfaultfd watches no mapping that cannot be made writable (EPERM).
     """
 
-    def __init__(self, region_fd: int, size: int, page_size: int, *, seal: bool, fork: str) -> None:
+    def __init__(
+        self, region_fd: int, size: int, page_size: int, *, seal: bool, fork: str, writable: bool = True
+    ) -> None:
         self.size = size
-        self._pointer: Any = lib.dmh_map_region(region_fd, size, max(page_size, 1 << 21), 1)
+        self._pointer: Any = lib.dmh_map_region(region_fd, size, max(page_size, 1 << 21), writable)
         if self._pointer == ffi.NULL:
             raise KernelError(
                 f"{size / 2**30:.1f} GiB of address space cannot be mapped ({os.strerror(ffi.errno)}): make "
@@ -40,7 +46,7 @@ class Mapping:
                 "`ulimit -v`"
             )
         self.base = int(ffi.cast("uintptr_t", self._pointer))
-        self._sealed = False
+        self.sealed = False
         how, features = ffi.new("int *"), ffi.new("uint64_t *")
         try:
             self.uffd, self.follows = _open_userfaultfd(how, features, fork)
@@ -57,8 +63,9 @@ class Mapping:
                 "(file.readinto(array), os.write) fail with "
                 "EFAULT; to mend it, `chmod a+rw /dev/userfaultfd` as root"
             )
-        if seal:
-            self._sealed = lib.dmh_seal_mapping(self._pointer, size) == 0
+        if seal or not writable:
+            self.sealed = lib.dmh_seal_mapping(self._pointer, size) == 0
+        self.writes = writable or not self.sealed
 
     def serve_children(self) -> None:
         """The service knows this mapping: from now on forked children may inherit it, where forks are followed."""
@@ -78,7 +85,7 @@ class Mapping:
         """In a forked child that the service does not know: it must not touch the region, where it would read, and
         make, zeros.
         """
-        if self._sealed:
+        if self.sealed:
             os.write(2, b"dmh: a forked child cannot share the region, whose mapping is sealed: ending it\n")
             os.kill(os.getpid(), signal.SIGKILL)
         self.close()
@@ -95,7 +102,7 @@ class Mapping:
         """Take the mapping down.  An address in it raises SIGSEGV afterwards; a sealed mapping stays, frozen, until
         the process ends.
         """
-        if self._sealed:
+        if self.sealed:
             return  # its userfaultfd stays open with it: closing it would turn absent pages into zeros
         lib.dmh_guard_mapping(self._pointer, self.size + (BIRTH_PAGE if self.follows else 0))
         os.close(self.uffd)

@@ -42,9 +42,11 @@ class Region:
         name: of the service.
         size: bytes.
         page_size: bytes a page; an array occupies whole pages.
+        mode: "r+", or "r" where this program only reads.
     """
 
-    def __init__(self, connection: Connection, *, owner: bool = False) -> None:
+    def __init__(self, connection: Connection, *, owner: bool = False, mode: str = "r+") -> None:
+        self.mode = mode
         self._connection = connection
         description, descriptors = connection.request({"op": "hello", "version": PROTOCOL, "owner": owner})
         self.name = str(description["name"])
@@ -53,7 +55,12 @@ class Region:
         (region_fd,) = descriptors
         try:
             self._mapping = Mapping(
-                region_fd, self.size, self.page_size, seal=bool(description["seal"]), fork=str(description["fork"])
+                region_fd,
+                self.size,
+                self.page_size,
+                seal=bool(description["seal"]),
+                fork=str(description["fork"]),
+                writable=self.writable,
             )
         finally:
             os.close(region_fd)
@@ -82,7 +89,7 @@ class Region:
         self._patience = Patience(float(description["grace"]), float(description["grace_launcher"]))
         self._guard()
         mapping = self._mapping
-        message = {"op": "register", "base": mapping.base, "follows": mapping.follows}
+        message = {"op": "register", "base": mapping.base, "follows": mapping.follows, "writes": mapping.writes}
         answer, _ = connection.request(message, (mapping.uffd,))
         self._introduce(answer["view"])
 
@@ -120,12 +127,18 @@ class Region:
     # ---- arrays
 
     @property
+    def writable(self) -> bool:
+        """Whether this program may write to the region (mode "r+")."""
+        return self.mode == "r+"
+
+    @property
     def buf(self) -> memoryview:
-        """The whole region as writable bytes, shape (size,).  Shared with arrays: whoever uses both keeps them
-        apart.
+        """The whole region as bytes, shape (size,), writable but in mode "r".  Shared with arrays: whoever uses both
+        keeps them apart.
         """
         self._check_open()
-        return self._mapping.buffer(0, self.size)
+        buffer = self._mapping.buffer(0, self.size)
+        return buffer if self.writable else buffer.toreadonly()
 
     def empty(self, shape: Shape, dtype: npt.DTypeLike = float) -> Array:
         """A new array in the region.
@@ -138,11 +151,13 @@ class Region:
             dtype: any type without Python objects.
 
         Raises:
-            RegionError: no run of free pages is long enough, the type holds objects, or the region is closed.
+            RegionError: no run of free pages is long enough, the type holds objects, the region is closed, or its
+                mode is "r".
 
         Example:
             >>> a = region.empty((1000, 1000), "f4")        # doctest: +SKIP
         """
+        self._check_writable("a new array", "ndarray() gives arrays over what others have written")
         kind = np.dtype(dtype)
         if kind.hasobject:
             raise RegionError(
@@ -165,7 +180,8 @@ class Region:
         return self.empty(shape, dtype)
 
     def ndarray(self, shape: Shape, dtype: npt.DTypeLike = float, offset: int = 0) -> Array:
-        """An array over the bytes at a given place, as for sharing with another process: no copy, nothing freed.
+        """An array over the bytes at a given place, as for sharing with another process: no copy, nothing freed.  It is
+        not writeable in mode "r".
 
         Args:
             shape: as for `numpy.ndarray`.
@@ -184,7 +200,9 @@ class Region:
             raise RegionError(f"{size} bytes at offset {offset} are not all within the region of {self.size} bytes")
         self._check_open()
         if not size:
-            return np.empty(dimensions, kind).view(Array)
+            nothing = np.empty(dimensions, kind).view(Array)
+            nothing.flags.writeable = self.writable
+            return nothing
         first = offset // self.page_size
         count = -(-(offset + size) // self.page_size) - first
         # `empty` must not hand these pages out afterwards.
@@ -254,8 +272,9 @@ class Region:
         touched again.
 
         Raises:
-            RegionError: the array is not contiguous, so its pages hold others' elements too.
+            RegionError: the array is not contiguous, so its pages hold others' elements too; or the mode is "r".
         """
+        self._check_writable("discard", "evict() and advise(array, 'dontneed') keep the content")
         self._check_open()
         low, high = self._bounds(array)
         if not array.flags.forc:
@@ -306,7 +325,7 @@ class Region:
 
     def close(self) -> None:
         """Let go of the region; a service of its own (`dmh.open`) ends.  Arrays in it must not be touched
-        afterwards: that is SIGSEGV.
+        afterwards: that is SIGSEGV, or waits for ever where the mapping is sealed (region.seal, mode "r").
 
         Closing twice is harmless.
         """
@@ -336,7 +355,7 @@ class Region:
         return join, self._handle()
 
     def _handle(self) -> Handle:
-        return str(self._connection.path), self._service, self.name
+        return str(self._connection.path), self._service, self.name, self.mode
 
     def _lend(self, first: int) -> int:
         """A hold on an array for whoever unpickles it."""
@@ -360,6 +379,14 @@ class Region:
             raise RegionError(
                 "this forked child does not share the region, because its parent has not CAP_SYS_PTRACE or region.fork "
                 "is none: call dmh.attach() in it, or start it with the spawn method",
+                region=self.name,
+            )
+
+    def _check_writable(self, what: str, instead: str) -> None:
+        if not self.writable:
+            raise RegionError(
+                f"{what} needs mode 'r+', and this program has attached the region with mode 'r': "
+                f"dmh.attach({self.name!r}) can write; {instead}",
                 region=self.name,
             )
 
@@ -417,7 +444,7 @@ def _disconnect(connection: Connection, mapping: Mapping, pid: int) -> None:
     if connection.guardian:
         connection.guardian.stop()  # nothing here needs the service any more
     with contextlib.suppress(Exception):
-        connection.request({"op": "detach"}, patient=False)
+        connection.request({"op": "detach", "stays": mapping.sealed}, patient=False)
     connection.close()
 
 
@@ -443,21 +470,35 @@ def open_region(config: str | os.PathLike[str] | Config, *, overrides: Sequence[
     return Region(start_service(settings), owner=True)
 
 
-def attach(name: str | None = None) -> Region:
+def attach(name: str | None = None, mode: str = "r+") -> Region:
     """Map the region of a service that is running.
 
     Args:
         name: of the service (`region.name`).  Without one: the service this program was started under (`dmh run` sets
         DMH_SOCKET), or the only
             one that runs.
+        mode: "r+" to read and write; "r" only to read: arrays are not writeable, and what would change the region is
+            a RegionError.  While every program has mode "r", pages that came in leave without a look at them, which
+            makes reading through more than memory.limit cheaper.  A mapping of mode "r" is sealed where the kernel
+            can: it then lives until the process ends, also after `close`.
 
     Raises:
+        RegionError: another mode than these.
         ServiceError: no such service.
         KernelError: this process may not use userfaultfd.
+
+    Example:
+        >>> with dmh.attach("shared", mode="r") as region:           # doctest: +SKIP
+        ...     total = region.ndarray((1000, 1000), "f8", offset=0).sum()
     """
-    return attach_at(find_socket(name))
+    if mode not in ("r", "r+"):
+        raise RegionError(
+            f"mode {mode!r} is not one of 'r', to read, and 'r+', to read and write; there is no copy-on-write, and a "
+            "region is made by dmh.open or `dmh serve`"
+        )
+    return attach_at(find_socket(name), mode)
 
 
-def attach_at(socket_path: Path) -> Region:
+def attach_at(socket_path: Path, mode: str = "r+") -> Region:
     """Map the region of the service with this control socket."""
-    return Region(Connection(socket_path))
+    return Region(Connection(socket_path), mode=mode)

@@ -48,8 +48,9 @@ class Children:
             if parent is not None:
                 lib.dmh_birth_answer(parent.uffd, parent.base, self._size, False)
             return
-        child = Client(None, 0, uffd=descriptors.pop(), base=int(message["base"]), follows=True)
+        child = Client(None, 0, uffd=descriptors.pop(), base=int(message["base"]), follows=True, writes=True)
         if parent is not None:
+            child.writes = parent.writes
             child.blocks = deepcopy(parent.blocks)
         full = self._clients.attached >= self._launcher.most_programs
         self._clients.all.append(child)

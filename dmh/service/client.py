@@ -20,6 +20,8 @@ class Client:
         pid: its process; 0 for a child that is not known by name.
         view: the number of its mapping, 0 without one; `uffd` and `base` are that mapping's.
         follows: its forks are announced.
+        writes: its mapping can be written through.
+        taken_down: it has said that its mapping is gone.
         owner: the service ends with it.
         leaving: it has ended, and what it held is given back as soon as its last children are known.
         blocks: first page -> [pages, how often it holds them], of its arrays.
@@ -34,6 +36,8 @@ class Client:
     base: int = 0
     pidfd: int = -1
     follows: bool = False
+    writes: bool = False
+    taken_down: bool = False
     owner: bool = False
     leaving: bool = False
     blocks: dict[int, list[int]] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from dmh.service.client import PROTOCOL, Client, Operation, outcome
 from dmh.service.holdings import Holdings
 from dmh.service.ledger import State, started
 from dmh.service.pool import View, pins_in_force
+from dmh.service.writers import Writers
 
 if TYPE_CHECKING:
     from dmh.service.launcher import Launcher
@@ -40,6 +41,7 @@ class Clients:
         self._next_view = 1
         self.holdings = Holdings(launcher, self)
         self.children = Children(launcher, self)
+        self.writers = Writers(launcher, self)
         self._operations: dict[str, Operation] = self.holdings.operations | {
             "hello": self._hello,
             "resume": self._resume,
@@ -60,6 +62,11 @@ class Clients:
     def attached(self) -> int:
         """How many programs have the region mapped."""
         return sum(1 for client in self.all if client.view)
+
+    def look_after(self) -> float | None:
+        """Ask after those that do not speak; returns in how many seconds to do so again, None: there are none."""
+        pauses = [self.children.look_after(), self.writers.look_after()]
+        return min((pause for pause in pauses if pause is not None), default=None)
 
     def views(self) -> list[View]:
         """What a worker that is started again has to know of the programs."""
@@ -85,13 +92,15 @@ class Clients:
                 continue
             self.all.append(
                 Client(None, program.pid, view=program.view, base=program.base, uffd=uffd, owner=program.owner,
-                       follows=program.follows, blocks=deepcopy(program.blocks), pins=list(program.pins))
+                       follows=program.follows, writes=program.writes, blocks=deepcopy(program.blocks),
+                       pins=list(program.pins))
             )  # fmt: skip
         runs = [(first, held[0]) for program in state.programs.values() for first, held in program.blocks.items()]
         for first, count in [*runs, *state.taken, *state.freeing.items()]:
             self._launcher.extents.take(first, count)
         for uffd in views.values():
             os.close(uffd)
+        self.writers.restore()
         return list(views)
 
     def settle(self, strangers: list[int]) -> None:
@@ -202,7 +211,7 @@ class Clients:
             raise ProtocolError("this connection is another program's already")
         self.all.remove(known)
         self._launcher.forget_process(known)
-        client.greeted, client.owner, client.follows = True, known.owner, known.follows
+        client.greeted, client.owner, client.follows, client.writes = True, known.owner, known.follows, known.writes
         client.view, client.uffd, client.base = known.view, known.uffd, known.base
         client.blocks, client.pins = known.blocks, known.pins
         self.reply(client, {"view": client.view}, [client.uffd] if child else [])
@@ -219,6 +228,7 @@ class Clients:
         base = int(message["base"])
         check_userfaultfd(descriptors[0], base, self._launcher.config.region.size)
         client.uffd, client.base, client.follows = descriptors.pop(), base, bool(message.get("follows"))
+        client.writes = bool(message.get("writes", True))
         self.enter(client)
         # Answered when every worker knows the view: until then nobody would resolve its faults.
         self.add_view(client, lambda problem: self.reply(client, problem or {"view": client.view}))
@@ -228,8 +238,10 @@ class Clients:
         """Give a mapping its number, and write it down."""
         client.view = self._next_view
         self._next_view += 1
+        self.writers.update()  # before any worker knows of it: the evictor's answer says that it has acted on this
         process = {"pid": client.pid, "started": started(client.pid)}
         fields = {"base": client.base, "owner": client.owner, "follows": client.follows, "parent": parent}
+        fields["writes"] = client.writes
         self._launcher.ledger.note("register", view=client.view, **process, **fields)
 
     def add_view(self, client: Client, then: Callable[[Message | None], None]) -> None:
@@ -254,6 +266,7 @@ class Clients:
                 pool.tell(worker, message, one, [client.uffd])
 
     def _detach(self, client: Client, message: Message, descriptors: list[int]) -> Message | None:
+        client.taken_down = not message.get("stays")
         self.holdings.after_births(client, lambda: self._give_up(client, lambda: self.reply(client, {})))
         return None
 
@@ -342,6 +355,7 @@ class Clients:
             if client.view:
                 os.close(client.uffd)
         self.all.clear()
+        self.writers.close()
 
     def _give_up(self, client: Client, then: Callable[[], None]) -> None:
         evictor = self._launcher.pool.by_role("evictor")
@@ -352,8 +366,10 @@ class Clients:
         if not client.view:
             then()
             return
+        self.writers.leaves(client)
         view, client.view = client.view, 0
         self._launcher.ledger.note("detach", view=view)
+        self.writers.update()
 
         def removed(replies: list[Message]) -> None:
             # The launcher's is the last descriptor to go: while any is open, a thread that still faults freezes, and

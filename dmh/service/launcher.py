@@ -24,6 +24,7 @@ from typing import Any
 from dmh.config import Config, Limits, without_password
 from dmh.errors import KernelError, ServiceError
 from dmh.evict.idle import choose_source
+from dmh.evict.policies import policy_class
 from dmh.lspt.table import Bounds, Table
 from dmh.native import check, ffi, lib
 from dmh.observe import metrics
@@ -105,7 +106,7 @@ class Launcher:
         config, limits = self.config, self.limits
         page_size, pages = config.region.page_size, config.region.size // config.region.page_size
         self.most_programs = requirements.check(config)
-        self.idle = choose_source(config.evictor.idle, page_size)
+        self.idle = choose_source(config.evictor.idle, policy_class(config.evictor.policy), page_size)
         self.directory = ServiceDirectory(self.name)
         self._undo.callback(self.directory.remove)
         self._own(hold_alive(self.directory.path))
@@ -128,6 +129,7 @@ class Launcher:
         self._own(pipe[0], pipe[1])
         self.table = Table(table_fd)
         self._undo.callback(self.table.close)
+        self.clients.writers.update()
         placement = Placement.of(config.workers.cpus)
         setup = Setup(
             name=self.name,
@@ -274,7 +276,7 @@ class Launcher:
     def run(self) -> None:
         """Serve until stopped."""
         while not self._stopping:
-            for key, _ in self._selector.select(self.clients.children.look_after()):
+            for key, _ in self._selector.select(self.clients.look_after()):
                 # One that a call before this one in the same round has ended is not asked any more.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
@@ -340,6 +342,8 @@ class Launcher:
         self.unwatch(worker.channel)
         worker.process.wait()
         lib.dmh_worker_gone(self.table.raw, worker.number)
+        if worker.role == "monitor":
+            self.clients.writers.births_lost()
         try:
             successor = self.pool.restart(worker, self.clients.views(), self.clients.pinned())
         except ServiceError as error:
@@ -381,6 +385,7 @@ class Launcher:
             self.table,
             name=self.name,
             programs=self.clients.attached,
+            writers=self.clients.writers.count,
             limit=self.limits.limit,
             allocated=self.extents.pages - self.extents.free_pages,
             seconds=time.monotonic() - self._began,

@@ -32,6 +32,7 @@ class Program:
         view, base: its mapping.
         owner: the service ends with it.
         follows: its forks are announced.
+        writes: its mapping can be written through.
         blocks: first page -> [pages, how often it holds them], of its arrays.
         pins: (first page, pages), as often as they were pinned.
     """
@@ -42,6 +43,7 @@ class Program:
     base: int
     owner: bool
     follows: bool
+    writes: bool
     blocks: dict[int, list[int]] = field(default_factory=dict)
     pins: list[tuple[int, int]] = field(default_factory=list)
 
@@ -55,6 +57,9 @@ class State:
         taken: runs of pages handed out for good.
         freeing: first page -> pages, given back but with their content not known to be gone.
         loans: loan -> first page of the array that was lent, the lender's view; 0: it has been taken.
+        lingering: view -> base, process, when that started, of mappings that can be written through by a program that
+            does not speak any more.
+        untold: a child that can write may have been forked and not been told of.
         views: how many views were ever given out.
         loan: the last that was given out.
     """
@@ -63,6 +68,8 @@ class State:
     taken: list[tuple[int, int]] = field(default_factory=list)
     freeing: dict[int, int] = field(default_factory=dict)
     loans: dict[int, tuple[int, int]] = field(default_factory=dict)
+    lingering: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    untold: bool = False
     views: int = 0
     loan: int = 0
 
@@ -73,11 +80,20 @@ class State:
         program = self.programs.get(record.get("view", 0))
         if kind == "register":
             self.programs[record["view"]] = child = Program(
-                record["pid"], record["started"], record["view"], record["base"], record["owner"], record["follows"]
-            )
+                record["pid"], record["started"], record["view"], record["base"], record["owner"], record["follows"],
+                record.get("writes", True),
+            )  # fmt: skip
             if parent := self.programs.get(record["parent"]):
                 child.blocks = deepcopy(parent.blocks)
             self.views = max(self.views, record["view"])
+        elif kind == "untold":
+            self.untold = True
+        elif kind == "lingers":
+            process = (program.pid, program.started) if program else (record["pid"], record["started"])
+            self.lingering[record["view"]] = record["base"], *process
+            self.views = max(self.views, record["view"])  # which may be all that is left of it
+        elif kind == "gone":
+            self.lingering.pop(record["view"], None)
         elif kind == "detach":
             self.programs.pop(record["view"], None)
         elif kind == "take":
@@ -124,12 +140,17 @@ class State:
                 "base": program.base,
                 "owner": program.owner,
                 "follows": program.follows,
+                "writes": program.writes,
                 "parent": 0,
             }
             for first, (count, holds) in program.blocks.items():
                 yield {"op": "allocate", "view": view, "first": first, "count": count, "holds": holds}
             for first, count in program.pins:
                 yield {"op": "pin", "view": view, "first": first, "count": count}
+        for view, (base, pid, began) in self.lingering.items():
+            yield {"op": "lingers", "view": view, "base": base, "pid": pid, "started": began}
+        if self.untold:
+            yield {"op": "untold"}
         if self.loan:
             yield {"op": "loans", "loans": [[loan, *lent] for loan, lent in self.loans.items()], "loan": self.loan}
         for first, count in self.taken:

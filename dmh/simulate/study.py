@@ -53,15 +53,16 @@ def study(
     policies: Sequence[tuple[str, bool]],
     limits: Sequence[float],
     seed: int = 0,
-    service: Callable[[int, int], Setting] | None = None,
+    service: Callable[[int, int, str], Setting] | None = None,
 ) -> list[Run]:
     """Run everything.
 
     Args:
         policies: name, and whether marks tell of uses.
         limits: memory: below 1 a fraction of the footprint, else pages.
-        service: for so many pages, and so many of them in memory, the setting of the service that is simulated; it says
-            whether marks tell of uses.  None: the ideal, which has all of the memory and marks at once.
+        service: for so many pages, so many of them in memory, and a policy, the setting of the service that is
+            simulated; it says whether marks tell of uses.  None: the ideal, which has all of the memory and marks at
+            once.
     """
     runs = []
     for it in subjects:
@@ -69,9 +70,9 @@ def study(
             limit = max(int(it.footprint * given if given < 1 else given), 2)
             limit = min(limit, it.pages)
             references = lru(it.trace, it.pages, limit), optimal(it.trace, it.pages, limit)
-            setting = service(it.pages, limit) if service else None
             for name, marks in policies:
-                if setting:
+                if service:
+                    setting = service(it.pages, limit, name)
                     marks = setting.accessed
                     policy = policy_class(name)(it.pages, setting.reckoned, accessed=marks, seed=seed)
                     outcome = replay_live(policy, it.trace, it.pages, setting)

@@ -295,6 +295,15 @@ def test_a_ledger_says_what_was_noted_and_stays_short(tmp_path: Path) -> None:
     ledger = Ledger(path, fresh=True)
     ledger.note("register", view=1, pid=7, started=8, base=4096, owner=False, follows=True, parent=0)
     ledger.note("take", first=900, count=2)
+    for view, writes in ((3, False), (4, True), (5, True)):
+        ledger.note(
+            "register", view=view, pid=9, started=view, base=8192, owner=False, follows=False, parent=0, writes=writes
+        )
+    for view in (4, 5):
+        ledger.note("lingers", view=view, base=8192)
+        ledger.note("detach", view=view)
+    ledger.note("gone", view=4)
+    ledger.note("untold")
     for n in range(30_000):
         ledger.note("allocate", view=1, first=n % 50, count=1)
         if n >= 10:
@@ -312,12 +321,14 @@ def test_a_ledger_says_what_was_noted_and_stays_short(tmp_path: Path) -> None:
     assert again.state == ledger.state
     assert again.state.programs[1].pins == [(3, 4)]
     assert set(again.state.programs[1].blocks) == {n % 50 for n in range(29_990, 30_000)}
+    assert [program.writes for program in again.state.programs.values()] == [True, False, True]
     child = again.state.programs[2]
     assert (child.pid, child.started, child.pins) == (17, 9, [])
     assert set(child.blocks) == set(again.state.programs[1].blocks) - {29_999 % 50}
     again.note("detach", view=1)
     again.note("detach", view=2)
+    again.note("detach", view=3)
     again.close()
     last = Ledger(path, fresh=False)
-    assert last.state == State(taken=[(900, 2)], views=2)
+    assert last.state == State(taken=[(900, 2)], lingering={5: (8192, 9, 5)}, untold=True, views=5)
     last.close()

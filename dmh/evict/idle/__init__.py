@@ -1,6 +1,7 @@
 """Idle sources: which of them this machine has, and the one that a configuration means.
 
-`auto` takes the best that a probe finds: `page_idle` (marks cost the program nothing), else `unmap`, else `buffer`.
+`auto` takes none for a policy that does as well without marks, and for the others the best that a probe finds:
+`page_idle` (marks cost the program nothing), else `unmap`, else `buffer`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from dmh.evict.idle.buffer import BufferSource
 from dmh.evict.idle.page_idle import PageIdleSource
 from dmh.evict.idle.unmap import UnmapSource
 from dmh.evict.leave import Leaver
+from dmh.evict.policies.base import Policy
 from dmh.evict.unmap import Unmapper
 from dmh.lspt.table import Table
 
 __all__ = ["IdleSource", "choose_source", "open_source"]
 
 
-def choose_source(name: str, page_size: int) -> str:
-    """The source that `evictor.idle` means on this machine.
+def choose_source(name: str, policy: type[Policy], page_size: int) -> str:
+    """The source that `evictor.idle` means on this machine, for this policy.
 
     Raises:
         KernelError: one that was asked for by name is not to be had here, and why.
@@ -32,6 +34,8 @@ def choose_source(name: str, page_size: int) -> str:
         "page_idle": page_idle.probe,
         "unmap": partial(unmap.probe, page_size),
     }
+    if name == "auto" and not policy.profits_from_marks:
+        return "none"
     if name == "auto":
         return next((source for source, probe in probes.items() if probe() is None), "buffer")
     if name in probes and (reason := probes[name]()):
@@ -39,16 +43,10 @@ def choose_source(name: str, page_size: int) -> str:
     return name
 
 
-def open_source(name: str, context: Any, table: Table, leaver: Leaver, unmapper: Unmapper | None) -> IdleSource:
-    """The source of this name, for the evictor.
-
-    Raises:
-        KernelError: it needs what this machine has no more.
-    """
+def open_source(name: str, context: Any, table: Table, leaver: Leaver) -> IdleSource:
+    """The source of this name, for the evictor."""
     if name == "page_idle":
         return PageIdleSource(context)
     if name == "unmap":
-        if unmapper is None:
-            raise KernelError("evictor.idle=unmap: pages cannot be unmapped here any more; use evictor.idle=auto")
-        return UnmapSource(unmapper)
+        return UnmapSource(Unmapper(context))
     return BufferSource(table, leaver) if name == "buffer" else NoSource()

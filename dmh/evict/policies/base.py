@@ -20,6 +20,7 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,9 @@ class Policy(abc.ABC):
             to the victim buffer, and only a policy that says so marks.
         seed: for policies that draw at random.
     """
+
+    profits_from_marks: ClassVar[bool] = True
+    """It does better by what marks tell, by more than they cost.  Where not, `evictor.idle: auto` makes none."""
 
     def __init__(self, pages: int, limit: int, *, accessed: bool = False, seed: int = 0) -> None:
         self.pages = pages

@@ -35,4 +35,5 @@ class Duel(NativePolicy):
     """Scan-resistant where that pays."""
 
     kernel = "duel"
+    profits_from_marks = False
     tuning = (PROBATION, GHOST_WINDOW, SAMPLE, FADES_OVER, LEADERS, HORIZON, PATIENCE)

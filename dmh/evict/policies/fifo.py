@@ -14,3 +14,4 @@ class Fifo(NativePolicy):
     """First in, first out."""
 
     kernel = "fifo"
+    profits_from_marks = False

@@ -20,4 +20,5 @@ class Pgr(NativePolicy):
     """One time stamp, one heat and one bit a page."""
 
     kernel = "pgr"
+    profits_from_marks = False
     tuning = (PROBATION, GHOST_WINDOW, SAMPLE, FADES_OVER, LEAST, MOST)

@@ -12,3 +12,4 @@ class Random(NativePolicy):
     """No order at all; the same one for the same seed."""
 
     kernel = "random"
+    profits_from_marks = False
