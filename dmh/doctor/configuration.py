@@ -40,8 +40,8 @@ def findings(config: Config, file: str) -> Iterator[Finding]:
             "take smaller pages",
         )
     try:
-        policy = policy_class(config.evictor.policy)
-        source = choose_source(config.evictor.idle, policy, config.region.page_size)
+        profits = policy_class(config.evictor.policy).profits_from_marks
+        source = choose_source(config.evictor.idle, config.region.page_size, profits=profits)
         yield Finding(group, "evictor.idle", source, Level.OK, f"what {config.evictor.idle} comes to here")
     except KernelError as error:
         yield Finding(group, "evictor.idle", config.evictor.idle, Level.BAD, str(error), "evictor.idle=auto")

@@ -13,7 +13,6 @@ from dmh.config import about
 from dmh.doctor.finding import Finding, Level
 from dmh.errors import ServiceError
 from dmh.evict.idle import choose_source, page_idle, unmap
-from dmh.evict.policies.base import Policy
 from dmh.machine import kernel, limits, memory
 from dmh.service.launcher import PIPE_BYTES
 from dmh.service.paths import base_directory, check_private, running_services
@@ -254,7 +253,7 @@ def _pipes(group: str) -> Iterator[Finding]:
 
 def _idle_sources() -> Iterator[Finding]:
     """In the order in which `evictor.idle: auto` takes them, for a policy that profits from marks."""
-    taken = choose_source("auto", Policy, 4096)
+    taken = choose_source("auto", 4096)
     for name, reason, meaning in (
         ("page_idle", page_idle.probe(), "the kernel's idle flags: a mark costs a program nothing"),
         ("unmap", unmap.probe(4096), "a mark costs a program one minor fault, where it uses the page"),

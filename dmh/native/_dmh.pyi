@@ -21,6 +21,7 @@ class lib:  # noqa: N801 - the name that cffi gives it
     DMH_EV_USED: int
     DMH_EV_IDLE: int
     DMH_EV_NEW: int
+    DMH_EV_EXPECTED: int
     DMH_UFFD_DEVICE: int
     DMH_UFFD_SYSCALL: int
     DMH_UFFD_USER_ONLY: int

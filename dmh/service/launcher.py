@@ -106,7 +106,9 @@ class Launcher:
         config, limits = self.config, self.limits
         page_size, pages = config.region.page_size, config.region.size // config.region.page_size
         self.most_programs = requirements.check(config)
-        self.idle = choose_source(config.evictor.idle, policy_class(config.evictor.policy), page_size)
+        self.idle = choose_source(
+            config.evictor.idle, page_size, profits=policy_class(config.evictor.policy).profits_from_marks
+        )
         self.directory = ServiceDirectory(self.name)
         self._undo.callback(self.directory.remove)
         self._own(hold_alive(self.directory.path))

@@ -20,7 +20,6 @@ from dmh.evict.idle import choose_source, page_idle
 from dmh.evict.idle import unmap as unmap_source
 from dmh.evict.idle.base import IdleSource
 from dmh.evict.idle.unmap import UnmapSource
-from dmh.evict.policies.base import Policy
 from dmh.evict.swap import SwapWatch
 from dmh.evict.unmap import Unmapper
 from dmh.lspt.table import Bounds, Table
@@ -311,8 +310,8 @@ def test_unmap_is_refused_where_there_is_swap(
     assert "swapoff" in reason
     monkeypatch.setattr(unmap, "probe", lambda: reason)
     with pytest.raises(KernelError, match="swapoff"):
-        choose_source("unmap", Policy, 4096)
-    assert choose_source("auto", Policy, 4096) in ("page_idle", "buffer")
+        choose_source("unmap", 4096)
+    assert choose_source("auto", 4096) in ("page_idle", "buffer")
 
 
 def test_unmap_stops_when_swap_appears(

@@ -19,7 +19,6 @@ from dmh.cli.main import main
 from dmh.errors import KernelError
 from dmh.evict.idle import choose_source
 from dmh.evict.policies import policy_class
-from dmh.evict.policies.base import Policy
 from dmh.lspt.states import State
 from dmh.lspt.steps import NUMBERS
 from dmh.simulate.generators import make_trace
@@ -32,7 +31,7 @@ OpenRegion = Callable[..., dmh.Region]
 @pytest.fixture(params=["page_idle", "unmap", "buffer", "none"])
 def idle(request: pytest.FixtureRequest) -> str:
     try:
-        return choose_source(str(request.param), Policy, 4096)
+        return choose_source(str(request.param), 4096)
     except KernelError as error:
         pytest.skip(str(error))
 
@@ -81,7 +80,7 @@ def test_pages_in_use_stay_where_use_is_told(open_region: OpenRegion, idle: str)
 
 def test_a_source_that_is_not_there_is_refused_at_the_start(open_region: OpenRegion) -> None:
     try:
-        choose_source("page_idle", Policy, 4096)
+        choose_source("page_idle", 4096)
     except KernelError:
         with pytest.raises(KernelError, match=r"evictor\.idle=page_idle.*CONFIG_IDLE_PAGE_TRACKING"):
             open_region("evictor.idle=page_idle")
