@@ -3,7 +3,7 @@
 
 #include "policy.h"
 
-enum { PROBATION_SHARE, GHOST_WINDOW, SAMPLE, FADES_OVER, LEADERS, HORIZON, PATIENCE }; /* p->tuning */
+enum { PROBATION_SHARE, GHOST_WINDOW, SAMPLE, FADES_OVER, LEADERS, HORIZON, MARGIN, PATIENCE }; /* p->tuning */
 
 #define CLOCK_LEADERS 0         /* groups of pages: those that always play CLOCK, */
 #define COLDEST_LEADERS 1       /* those that always play random-coldest, */
@@ -32,6 +32,7 @@ struct own {
     struct group group[GROUPS];
     uint32_t strata;            /* of so many neighbours, one page is a leader of each kind */
     double score;               /* pages that came back to the CLOCK leaders lately, less those to the others */
+    int clock_leads;            /* what the followers do */
 };
 
 static struct group *group(struct dmh_policy *p, int g) { return &((struct own *)p->own)->group[g]; }
@@ -39,7 +40,7 @@ static uint32_t count_of(struct dmh_policy *p, int g) { return p->list[PROBATION
 
 static int plays_clock(struct dmh_policy *p, int g)
 {
-    return g == CLOCK_LEADERS || (g == FOLLOWERS && ((struct own *)p->own)->score < 0);
+    return g == CLOCK_LEADERS || (g == FOLLOWERS && ((struct own *)p->own)->clock_leads);
 }
 
 static void start(struct dmh_policy *p)
@@ -123,6 +124,8 @@ static void score(struct dmh_policy *p, uint32_t page)
         return;
     double most = p->tuning[HORIZON] * o->group[g].quota;
     o->score = fmin(fmax(o->score + (g == CLOCK_LEADERS ? 1 : -1), -most), most);
+    if (fabs(o->score) >= p->tuning[MARGIN] * o->group[g].quota)
+        o->clock_leads = o->score < 0;
 }
 
 static void arrive(struct dmh_policy *p, uint32_t page, uint32_t kind)

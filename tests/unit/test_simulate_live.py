@@ -236,3 +236,15 @@ class TestCommand:
     def test_mistakes(self, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
         assert main(["simulate", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_duel_is_not_reopened_by_chance() -> None:
+    """In a loop larger than memory both leaders miss alike at first; each change of sides then would cost something."""
+    pages = 2048
+    of = setting(1024, buffer=64, high=960, low=716, adaptive=True)
+    trace = make_trace("loop", pages)[: 12 * pages]
+    hard = []
+    for pace in (7.5, 10.0, 15.0, 30.0):
+        policy = policy_class("auto")(pages, of.reckoned)
+        hard.append(replay_live(policy, trace, pages, of, Pace(use=0.0, hard=pace), filled=True).hard)
+    assert max(hard) < 1.05 * min(hard), hard

@@ -4,7 +4,8 @@ Duelling sets: Qureshi, Jaleel, Patt, Steely, Emer, "Adaptive insertion policies
 ISCA 2007.
 
     one page in 64 (8 in a small memory), spread evenly, leads with CLOCK, one with random-coldest; both kinds of
-    leaders have their share of M for themselves.  The rest follows the leaders to whom fewer pages come back of late.
+    leaders have their share of M for themselves.  The rest follows the leaders to whom fewer pages come back of late,
+    by a margin: where both do equally well, changing sides costs more than either.
 
     arrive(p):  to main if p was evicted at most M / 4 evictions ago, or while memory fills for the first time;
                 else to probation
@@ -27,6 +28,8 @@ LEADERS = 32
 """There are fewer leaders among the pages as long as this many of each kind are local."""
 HORIZON = 1.0
 """The score of the duel stays within this many times the leaders' share."""
+MARGIN = 0.05
+"""The followers change sides when the score is so many times the leaders' share on the other one."""
 PATIENCE = 4
 """So many pages in use may be spared, one after another, before one is taken unseen."""
 
@@ -36,4 +39,4 @@ class Duel(NativePolicy):
 
     kernel = "duel"
     profits_from_marks = False
-    tuning = (PROBATION, GHOST_WINDOW, SAMPLE, FADES_OVER, LEADERS, HORIZON, PATIENCE)
+    tuning = (PROBATION, GHOST_WINDOW, SAMPLE, FADES_OVER, LEADERS, HORIZON, MARGIN, PATIENCE)
