@@ -34,6 +34,7 @@ struct dmh_shared {
     uint32_t room;              /* futex: changes when LPET has made room */
     uint32_t frozen;            /* futex: 1 + the worker that repairs the table, which nobody else changes meanwhile; 0: nobody does */
     uint32_t park;              /* tests: 1 + the step at which a worker is to stop, for good; see lspt/steps.py */
+    uint32_t left_to_evictor;   /* a fault on a page that was being evicted was dropped: whoever publishes that page wakes it */
     uint32_t parked;            /* futex: 1 + the worker that has stopped there */
     uint32_t stop;              /* set once: nobody waits any more */
     uint32_t events_lost;       /* a ring was full: LPET must look at the table */

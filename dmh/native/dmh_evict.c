@@ -200,7 +200,8 @@ static void capture_group(struct dmh_ctx *c, int pipe_out, int pipe_in, const ui
     }
     leave(c);
     AT(c, DMH_AT_RELEASED);
-    for (uint64_t i = 0, k; i < there; i += k) {
+    uint32_t waited_for = __atomic_exchange_n(&c->s->left_to_evictor, 0u, __ATOMIC_SEQ_CST);
+    for (uint64_t i = 0, k; waited_for && i < there; i += k) {
         for (k = 1; i + k < there && j->page[i + k] == j->page[i] + k; k++)
             ;
         dmh_wake_pages(c, j->page[i], k);
@@ -299,6 +300,12 @@ int dmh_leave(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes,
 {
     uint64_t dirty = 0, i = 0, k = 0;
     l->stayed_n = l->lost_n = 0;
+    for (uint64_t m = 0; m < l->n; m++) {
+        __builtin_prefetch(&c->words[l->page[m]]);
+        __builtin_prefetch(&c->pins[l->page[m]]);
+        __builtin_prefetch(&c->copies[l->page[m]]);
+        __builtin_prefetch(&c->sums[l->page[m]]);
+    }
     for (; i < l->n; i += k) {
         uint32_t slots[DMH_MAX_RUN];
         uint64_t sums[DMH_MAX_RUN], *pages = l->page + i;

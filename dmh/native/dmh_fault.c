@@ -89,6 +89,9 @@ static void answer_unclaimed(struct dmh_ctx *c, struct dmh_plan *p, uint64_t pag
         /* A program that joined later does not have the mark yet.  Claimed meanwhile: it must not be healed while it is being marked. */
         if (move_word(c, page, &w, DMH_FETCHING, c->worker, -1) && poison(c, page, w, word_from_store(w)) < 0)
             end_faulting_process(c, p);
+    } else if (word_state(w) == DMH_EVICTING) {
+        if (!leave_to_evictor(c, page, w))
+            dmh_wake_pages(c, page, 1);
     } else if (word_state(w) == DMH_RESIDENT) {
         if (!page_is_present(c, page << c->s->page_shift, c->s->page_size) && LOAD(&c->words[page]) == w) {
             /* Only madvise(MADV_REMOVE) or fallocate from outside dmh can do this: its content is gone. */

@@ -85,17 +85,27 @@ static int wait_for_messages(struct dmh_ctx *c, struct epoll_event *ready, int t
     return epoll_wait(c->epoll_fd, ready, MESSAGES, timeout_ms);
 }
 
+/*
+ * Where the work on faults is done: on `cpu` by the monitor and the resolver that takes single faults; the evictor keeps away from there, because it has as
+ * much to do as all others together, and the scheduler leaves it where it was woken for long.  Negative: anywhere.
+ */
 static void run_on(struct dmh_shared *s, int cpu)
 {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    for (int i = 0; i < CPU_SETSIZE; i++)
+    cpu_set_t here, elsewhere;
+    CPU_ZERO(&here);
+    CPU_ZERO(&elsewhere);
+    for (int i = 0; i < CPU_SETSIZE; i++) {
         if (cpu < 0 || i == cpu)
-            CPU_SET(i, &set);
-    /* The monitor and the resolver that takes single faults; the other resolvers and the evictor work beside the program. */
-    sched_setaffinity(0, sizeof set, &set);
-    if (s->pids[1])
-        sched_setaffinity((pid_t)s->pids[1], sizeof set, &set);
+            CPU_SET(i, &here);
+        if (cpu < 0 || i != cpu)
+            CPU_SET(i, &elsewhere);
+    }
+    const pid_t resolver = (pid_t)LOAD(&s->pids[1]), evictor = (pid_t)LOAD(&s->pids[s->workers - 1]);
+    sched_setaffinity(0, sizeof here, &here);
+    if (resolver)
+        sched_setaffinity(resolver, sizeof here, &here);
+    if (evictor)
+        sched_setaffinity(evictor, sizeof elsewhere, &elsewhere); /* refused where there is nowhere else */
 }
 
 /* The processor that a thread runs, or ran last, on; -1 if it is gone. */
@@ -186,8 +196,11 @@ int dmh_resolve_inline(struct dmh_ctx *c, const struct dmh_request *r)
             return 0;
         dmh_wake_pages(c, page, 1);
         return count_done(c);
-    case DMH_FETCHING:
     case DMH_EVICTING:
+        if (!leave_to_evictor(c, page, w))
+            dmh_wake_pages(c, page, 1);
+        return count_done(c);
+    case DMH_FETCHING:
         return count_done(c); /* who ends this state wakes */
     default:
         return 0;
@@ -223,9 +236,12 @@ static int look_up(struct dmh_ctx *c, struct view *v, uint64_t address, uint64_t
         case DMH_FETCHING:
             if (c->seen[page] != word_generation(w))
                 count(c, DMH_C_LATE, 1); /* not the fault that it was handed on for: it is on its way ahead of use */
-            /* fall through */
-        case DMH_EVICTING:
             /* Who ends this state wakes the page after publishing, so this message is not needed. */
+            count(c, DMH_C_DROPPED, 1);
+            return 0;
+        case DMH_EVICTING:
+            if (!leave_to_evictor(c, page, w))
+                continue;
             count(c, DMH_C_DROPPED, 1);
             return 0;
         case DMH_RESIDENT: {
@@ -250,6 +266,18 @@ static int look_up(struct dmh_ctx *c, struct view *v, uint64_t address, uint64_t
             return 1;
         }
     }
+}
+
+/* What is known of a page lies in as many arrays; the processor fetches from all of them at once if it is told in time. */
+static void look_forward_to(const struct dmh_ctx *c, uint64_t page)
+{
+    __builtin_prefetch(&c->words[page]);
+    __builtin_prefetch(&c->seen[page]);
+    __builtin_prefetch(&c->advice[page]);
+    __builtin_prefetch(&c->sums[page]);
+    __builtin_prefetch(&c->copies[page]);
+    if (c->store_index)
+        __builtin_prefetch(&c->store_index[page]);
 }
 
 /* Read what is ready, look every page up, and list the faults that are still wanted.  *interrupted: dmh_interrupt was called. */
@@ -289,6 +317,7 @@ static int read_messages(struct dmh_ctx *c, const struct epoll_event *ready, int
                 count(c, DMH_C_REFUSED, 1);
                 continue;
             }
+            look_forward_to(c, page);
             if (c->follow)
                 follow(c, v, messages[j].arg.pagefault.feat.ptid, at);
             if (look_up(c, v, address, page))

@@ -234,9 +234,12 @@ static void learn(struct dmh_policy *p, uint32_t page, uint32_t kind)
 
 void dmh_policy_learn(struct dmh_policy *p, const uint64_t *pages, const uint8_t *kinds, uint64_t n)
 {
-    for (uint64_t i = 0; i < n; i++)
+    for (uint64_t i = 0; i < n; i++) {
+        if (i + 8 < n && pages[i + 8] < p->pages)
+            __builtin_prefetch(&p->entry[pages[i + 8]], 1);
         if (pages[i] < p->pages)
             learn(p, (uint32_t)pages[i], kinds[i]);
+    }
 }
 
 /* ---- choices ---- */

@@ -26,6 +26,7 @@ struct stream {
     uint32_t before, behind;    /* pages asked for up to the marker, and behind it: neither used nor wasted yet */
     uint64_t used;              /* pages asked for and passed */
     uint32_t met;               /* times a fault has met its marker */
+    uint32_t dense;             /* markers in a row at which everything that a longer step passes over was local */
     uint64_t at;                /* the thread's count of faults then */
     uint32_t id;                /* no two streams have the same */
     uint32_t resolver;          /* who was given its last window; 0: nobody yet */
@@ -237,6 +238,23 @@ static void forget_unproven(struct dmh_streams *s, struct thread *t)
     t->nstreams = kept;
 }
 
+/*
+ * Any longer step is borne out by a program that takes every page, and several such streams would share its scan.  What they step over is local then,
+ * because the program has just been there; where it is local for other reasons a scan page by page fetches no more than they do.
+ */
+static int is_page_by_page(struct stream *m, int64_t page, const struct dmh_outlook *o)
+{
+    const int64_t one = m->stride > 0 ? 1 : -1;
+    int64_t back = one;
+    while (back != m->stride && is_local(o, page - back))
+        back += one;
+    m->dense = back == m->stride ? m->dense + 1 : 0;
+    if (m->stride == one || m->dense < PROVEN)
+        return 0;
+    m->stride = one;
+    return 1;
+}
+
 /* The marker of a stream was met: go on. */
 static int go_on(struct dmh_streams *s, struct thread *t, struct stream *m, int64_t page, const struct dmh_outlook *o,
                  struct dmh_window *out)
@@ -250,6 +268,11 @@ static int go_on(struct dmh_streams *s, struct thread *t, struct stream *m, int6
     m->behind = 0;
     widen(t, m, s->widest, share(s));
     m->last = page;
+    if (is_page_by_page(m, page, o)) {
+        passed(s, m, m->before);
+        m->before = 0;
+        return begin(m, page, o, s->limit, out);
+    }
     /* Nothing was asked for behind the marker yet, or the program goes on in the window that was. */
     return m->marker == m->next ? begin(m, page, o, s->limit, out) : open_window(m, o, out);
 }

@@ -158,6 +158,16 @@ static inline void leave(struct dmh_ctx *c)
         STORE(&post_of(c->s, c->worker)->busy, 0u);
 }
 
+/*
+ * A fault on a page that is EVICTING by its word w is the evictor's to wake.  It publishes and then looks at left_to_evictor; we set that and then look
+ * at the word again: one of us sees the other.  0: the page is EVICTING no more, and nobody may wake it.
+ */
+static inline int leave_to_evictor(struct dmh_ctx *c, uint64_t page, uint64_t w)
+{
+    __atomic_store_n(&c->s->left_to_evictor, 1u, __ATOMIC_SEQ_CST);
+    return __atomic_load_n(&c->words[page], __ATOMIC_SEQ_CST) == w;
+}
+
 /* A step that tests may stop a worker at. */
 #define AT(c, step) \
     do { \

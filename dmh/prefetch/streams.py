@@ -12,6 +12,8 @@ fault passes here, so the decisions are C (``dmh/native/dmh_streams.c``); these 
   so it is no marker.
 * Windows start at 4 pages and double at each marker, up to half the limit; a stream is proven when two markers were
   met.
+* Where everything that a longer step passes over is local at two markers in a row, the stream goes on page by page:
+  the program has just been there, too.
 * All streams at work share what may be ahead: pages read ahead are the first to leave, and would leave unused if they
   were more than that.  At work are those whose markers were among the last 16 that were met.
 * A fault elsewhere in a stream's windows: where a resolver has them still to do, the fault is put behind them,

@@ -218,6 +218,27 @@ def test_a_scan_that_has_walked_through_local_pages_goes_on() -> None:
     assert observe(600) == [(601, 15), (617, 15)]
 
 
+def test_a_scan_that_began_among_local_pages_is_one_stream() -> None:
+    """Where every third page is missing it looks like a strided one; several of those would share it for ever after."""
+    streams, words = Streams(limit=256, ahead=384), np.full(20_000, State.STORED, np.uint64)
+    windows, outlook = ffi.new("struct dmh_window[2]"), ffi.new("struct dmh_outlook *")
+    outlook.words, outlook.pages = ffi.from_buffer("uint64_t[]", words), len(words)
+    words[:3000] = State.RESIDENT
+    words[0:3000:3] = State.STORED
+    faults, asked = [], 0
+    for page in range(16_000):
+        if words[page] == State.RESIDENT:
+            continue
+        faults.append(page)
+        words[page] = State.RESIDENT
+        for window in windows[0 : max(lib.dmh_streams_observe(streams.pointer, 1, page, outlook, windows), 0)]:
+            words[window.first : window.first + window.stride * window.count : window.stride] = State.RESIDENT
+            asked += window.count
+    late = [page for page in faults if page >= 4000]
+    assert len(late) <= 12_000 // 128 + 4, len(late)
+    assert asked < 1.2 * 16_000
+
+
 def test_a_page_that_is_local_is_no_marker() -> None:
     """It would not fault, and the scan would run into pages that nobody asked for."""
     streams = Streams(limit=64)
