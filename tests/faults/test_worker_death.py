@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -192,8 +193,9 @@ class TestAWorkerThatDies:
             for number in (0, 1, 3):
                 for pause in (0.0, 0.05, 0.15, 0.25, 0.3):
                     pid = int(look.table.raw.pids[number])
-                    if pid:
-                        os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # reaped, and still in the table
+                        if pid:
+                            os.kill(pid, signal.SIGKILL)
                     end = time.monotonic() + pause
                     while time.monotonic() < end:
                         program.step()

@@ -73,7 +73,8 @@ def test_scans_find_their_pages_before_they_ask_for_them(open_region: OpenRegion
         # Where others have the processors, nobody can be ahead of a program that only touches: the best of three.
         counted = min((walked.walk(pages) for _ in range(3)), key=lambda walk: walk["faults"] + walk["late"])
         assert counted["faults"] + counted["late"] < 0.05, (scan, counted)
-        assert counted["ahead_used"] > 0.9 * counted["prefetched"], (scan, counted)
+        assert counted["prefetched"] < 1.1, (scan, counted)  # of what is read ahead, hardly a page in vain or twice
+        assert counted["ahead_used"] > 0.8 * counted["prefetched"], (scan, counted)
 
 
 def test_larger_pages(open_region: OpenRegion) -> None:
