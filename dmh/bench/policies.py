@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dmh.bench.rows import Progress, Row
+from dmh.bench.rows import Progress, Row, waits
 from dmh.bench.subject import MismatchError, Options, service, settings
 from dmh.bench.work import address, touch_at
 from dmh.config.model import Config, EvictorConfig
@@ -96,8 +96,7 @@ def run(options: Options, progress: Progress) -> list[Row]:
                     ("ideal", idealise(accesses, workload.pages, policy, setting)),
                 ):
                     found[f"{subject}, {name}"] = outcome.per_thousand(outcome.hard)
-                waits = 1000 * live.waits / max(live.faults, 1)
-                rows.append(_row(case, subject, "waits a 1000 faults", waits))
+                rows.append(waits("policies", case, subject, live.waits, live.faults, options.runs))
             rows += [
                 _row(case, name, "hard faults a 1000 accesses", value, found["fifo"]) for name, value in found.items()
             ]

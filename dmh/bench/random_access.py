@@ -46,7 +46,9 @@ def _run(options: Options, progress: Progress, benchmark: str, cases: tuple[str,
         script = Script(size // 8)
         generator = np.random.default_rng(20)
         for case in cases:
+            before = entered.faults()
             rows += _case(options, entered, script, generator, benchmark, case, progress)
+            rows += entered.waits_since(before, benchmark, case, options.runs)
         for name, subject in entered.subjects.items():
             progress(f"{benchmark}: verifying {name}")
             verify(name, subject.call(work.read)[1], script.total())

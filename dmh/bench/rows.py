@@ -1,7 +1,8 @@
 """What a benchmark yields, and how its runs are interleaved.  Pure but for the clock that the subjects read.
 
 A *subject* is something that is measured (`dmh`, `floor`, `memmap`); all subjects of a case run in turn, again and
-again (A B C A B C), so that what the machine does meanwhile falls on all of them alike.
+again, there and back (A B C, C B A), so that what the machine does meanwhile falls on all of them alike, and what one
+subject leaves behind (idle processors, pages being written) not always on the same other one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def interleave(
     """Run every subject `runs` times, in turn, after one round that is not counted."""
     results: dict[str, list[Samples]] = {name: [] for name in subjects}
     for number in range(-1, runs):
-        for name, subject in subjects.items():
+        for name, subject in list(subjects.items())[:: 1 if number % 2 else -1]:
             progress(f"{name}, {'warming up' if number < 0 else f'run {number + 1} of {runs}'}")
             samples = subject()
             if number >= 0:
@@ -116,3 +117,9 @@ def not_measured(benchmark: str, case: str, subject: str, metric: str, unit: str
 def figure(value: float) -> str:
     """Three digits that say something, or more."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def waits(benchmark: str, case: str, subject: str, waited: int, faults: int, runs: int) -> Row:
+    """How many of a service's faults found no room and had to wait for an eviction."""
+    thousandth = 1000 * waited / max(faults, 1)
+    return Row(benchmark, case, subject, "waits", "a 1000 faults", thousandth, thousandth, runs, None, None)

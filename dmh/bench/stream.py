@@ -37,7 +37,9 @@ def run(options: Options, progress: Progress) -> list[Row]:
     with contest(options, 4 * limit, limit, SUBJECTS, lambda text: progress(f"stream: {text}")) as entered:
         states = {name: _Expected(4 * limit // 8) for name in entered.subjects}
         for case in CASES:
+            before = entered.faults()
             rows += _case(options, entered, states, case, progress)
+            rows += entered.waits_since(before, "stream", case, options.runs)
     return rows
 
 

@@ -30,7 +30,7 @@ from typing import Any, Protocol, TypeVar
 from dmh.bench.cgroup import NoGroupError
 from dmh.bench.floor import FloorPager
 from dmh.bench.mapped import MappedFile, Swapped, why_no_swap
-from dmh.bench.rows import Progress
+from dmh.bench.rows import Progress, Row, waits
 from dmh.bench.work import Memory, fill_all
 from dmh.config import Config, loads
 from dmh.errors import DmhError, KernelError
@@ -136,6 +136,18 @@ class Contest:
     subjects: dict[str, Subject] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     regions: dict[str, Region] = field(default_factory=dict)
+
+    def faults(self) -> dict[str, tuple[int, int]]:
+        """Of every service so far: faults that had to wait for room, and all."""
+        counters = {name: region.stats().counters for name, region in self.regions.items()}
+        return {name: (count["room_waits"], count["faults"]) for name, count in counters.items()}
+
+    def waits_since(self, before: dict[str, tuple[int, int]], benchmark: str, case: str, runs: int) -> list[Row]:
+        """A row for every service: what `faults` has counted in addition."""
+        return [
+            waits(benchmark, case, name, waited - before[name][0], faults - before[name][1], runs)
+            for name, (waited, faults) in self.faults().items()
+        ]
 
 
 @contextmanager

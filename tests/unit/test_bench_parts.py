@@ -66,7 +66,7 @@ class TestRows:
             return turn
 
         results = interleave({"a": subject("a", 1.0), "b": subject("b", 2.0)}, 2, lambda text: None)
-        assert turns == ["a", "b"] * 3
+        assert turns == ["a", "b", "b", "a", "a", "b"]
         assert [len(results[name]) for name in "ab"] == [2, 2]
 
     def test_ratio_spread_and_percentile(self) -> None:
