@@ -22,7 +22,7 @@ from dmh.bench.rows import Progress, Row, Samples, interleave, summarize
 from dmh.bench.subject import Contest, Options, contest, verify
 from dmh.bench.words import MASK, total
 
-LIMIT = 32 << 20
+LIMIT = 64 << 20
 
 SUBJECTS = ("floor-pager", "dmh", "dmh-pool", "mmap", "swap")
 CASES = ("read", "update", "triad", "numpy sum", "numpy update")

@@ -85,27 +85,17 @@ static int wait_for_messages(struct dmh_ctx *c, struct epoll_event *ready, int t
     return epoll_wait(c->epoll_fd, ready, MESSAGES, timeout_ms);
 }
 
-/*
- * Where the work on faults is done: on `cpu` by the monitor and the resolver that takes single faults; the evictor keeps away from there, because it has as
- * much to do as all others together, and the scheduler leaves it where it was woken for long.  Negative: anywhere.
- */
 static void run_on(struct dmh_shared *s, int cpu)
 {
-    cpu_set_t here, elsewhere;
-    CPU_ZERO(&here);
-    CPU_ZERO(&elsewhere);
-    for (int i = 0; i < CPU_SETSIZE; i++) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int i = 0; i < CPU_SETSIZE; i++)
         if (cpu < 0 || i == cpu)
-            CPU_SET(i, &here);
-        if (cpu < 0 || i != cpu)
-            CPU_SET(i, &elsewhere);
-    }
-    const pid_t resolver = (pid_t)LOAD(&s->pids[1]), evictor = (pid_t)LOAD(&s->pids[s->workers - 1]);
-    sched_setaffinity(0, sizeof here, &here);
-    if (resolver)
-        sched_setaffinity(resolver, sizeof here, &here);
-    if (evictor)
-        sched_setaffinity(evictor, sizeof elsewhere, &elsewhere); /* refused where there is nowhere else */
+            CPU_SET(i, &set);
+    /* The monitor and the resolver that takes single faults; the other resolvers and the evictor work beside the program. */
+    sched_setaffinity(0, sizeof set, &set);
+    if (s->pids[1])
+        sched_setaffinity((pid_t)s->pids[1], sizeof set, &set);
 }
 
 /* The processor that a thread runs, or ran last, on; -1 if it is gone. */
