@@ -99,7 +99,7 @@ def test_programs_that_are_killed_at_random_moments(open_region: OpenRegion) -> 
     shared = region.empty((100, 512), "u8")
     shared[:] = 0
     rng = random.Random(7)
-    with survivor(region):
+    with survivor(region) as _kept:  # its pages are among those that are still allocated at the end
         programs = [start_python(HAMMER, region.name, region.offset_of(shared), column) for column in range(4)]
         for program in programs:
             assert program.stdout is not None
@@ -121,7 +121,7 @@ def test_forked_children_that_are_killed_at_random_moments(open_region: OpenRegi
     shared = region.empty((100, 512), "u8")
     shared[:] = 0
     rng = random.Random(8)
-    with survivor(region), start_python(HAMMER, region.name, region.offset_of(shared), 9, "forks") as mother:
+    with survivor(region) as _kept, start_python(HAMMER, region.name, region.offset_of(shared), 9, "forks") as mother:
         assert mother.stdin is not None
         assert mother.stdout is not None
         children = []

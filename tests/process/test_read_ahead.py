@@ -28,7 +28,6 @@ def interleaved(*scans: range) -> Pages:
     return np.array(scans, np.uint64).T.reshape(-1)
 
 
-# The strided one last: what it leaves, every third page, goes while the next would be reading ahead of it.
 SCANS = {
     "sequential": np.arange(PAGES, dtype=np.uint64),
     "backward": np.arange(PAGES - 1, -1, -1).astype(np.uint64),
@@ -47,6 +46,11 @@ class Walked:
         self.pages = (32 << 20) // self.size
         self.words = region.empty((self.pages, self.size // 8), "u8")
         self.words[:, 7] = np.arange(self.pages)
+
+    def walk_from_afar(self, pages: Pages) -> dict[str, float]:
+        """The same where nothing is local at the beginning, whatever an earlier walk has left there."""
+        self.region.evict(self.words)
+        return self.walk(pages)
 
     def walk(self, pages: Pages) -> dict[str, float]:
         """Read one word of each page in this order; returns what was counted, a page of the walk."""
@@ -71,7 +75,7 @@ def test_scans_find_their_pages_before_they_ask_for_them(open_region: OpenRegion
     walked = Walked(open_region(*SIZE, f"workers.inline={inline}", f"evictor.policy={policy}"))
     for scan, pages in SCANS.items():
         # Where others have the processors, nobody can be ahead of a program that only touches: the best of three.
-        counted = min((walked.walk(pages) for _ in range(3)), key=lambda walk: walk["faults"] + walk["late"])
+        counted = min((walked.walk_from_afar(pages) for _ in range(3)), key=lambda walk: walk["faults"] + walk["late"])
         assert counted["faults"] + counted["late"] < 0.05, (scan, counted)
         assert counted["prefetched"] < 1.1, (scan, counted)  # of what is read ahead, hardly a page in vain or twice
         assert counted["ahead_used"] > 0.8 * counted["prefetched"], (scan, counted)
