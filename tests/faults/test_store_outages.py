@@ -132,6 +132,7 @@ def test_the_program_waits_and_goes_on(
         back = how(server)
         mover = Mover(region, array)
         wait_until(lambda: state(region).startswith("unavailable since"), "stats say that the store is away")
+        wait_until(lambda: region.stats().counters["store_retries"] > 0, "a worker has asked in vain, and asks again")
         if how is Stop.full:  # it still reads: the program goes on until nothing more can leave
             wait_until(lambda: look.table.staged == look.table.slots, "what could not be written fills the buffer")
         region.discard(other)  # others are served meanwhile
