@@ -38,7 +38,7 @@ def problems(verdict: dict[str, Any]) -> list[str]:
 @pytest.mark.timeout(250)
 @pytest.mark.parametrize("case", ["small pages", "a store that is killed, too"])
 def test_workers_die_at_random_and_no_byte_is_wrong(case: str) -> None:
-    verdict = soak(10, *CASES[case])
+    verdict = soak(8, *CASES[case])
     assert verdict["counters"]["restarts"] >= 4
 
 

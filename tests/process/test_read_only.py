@@ -312,8 +312,8 @@ class TestAWriterThatComesAndGoes:
             running.evict(judge)
             before = running.counters()
             for scanner in scanners:
-                scanner.tell("scan", 7)
-            end, version, drops = time.monotonic() + 7, 1, 0
+                scanner.tell("scan", 5)
+            end, version, drops = time.monotonic() + 5, 1, 0
             while time.monotonic() < end:
                 version += 1
                 written = some_pages(rng, running.pages, int(rng.integers(1, 200)), version)
