@@ -138,7 +138,7 @@ void move_out(struct dmh_ctx *c, int pipe_out, int pipe_in, struct dmh_journal *
     }
 }
 
-/* Page i of the journal's group is EVICTING and not in memory: something outside dmh punched it (madvise(MADV_REMOVE)). */
+/* A page that is EVICTING is not in memory: something outside dmh punched it (madvise(MADV_REMOVE)). */
 static void lose(struct dmh_ctx *c, uint64_t page, uint64_t word, uint32_t slot)
 {
     STORE(&slot_flags(c->s)[slot], SLOT_ASIDE);
@@ -293,8 +293,8 @@ int dmh_settle(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const uint3
 /*
  * Resident pages (ascending) out, as far as it goes without the DMS: captured and settled, a group at a time, so that a clean page's slot is in the
  * processor's cache from the read to the hash and serves the next group.  What has to be written comes first in pages[], slots[] and sums[] afterwards;
- * returns how many that is.  *taken: how many of the pages were looked at; less than n where slots ran out.  stayed[]: those that are still where they
- * were, *nstayed.  lost[] (room for n): those that were not in memory any more, *nlost.
+ * returns how many that is.  l->left: so many at the end found no slot.  l->stayed: those that are still where they were; l->lost: those that were not in
+ * memory any more.
  */
 int dmh_leave(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes, struct dmh_leaving *l)
 {

@@ -290,6 +290,8 @@ void dmh_policy_choose(struct dmh_policy *p, uint64_t evict_most, uint64_t mark_
         choose_ahead(p, &c, 1);
     if (c.evict_n)
         p->spared = 0;
+    for (uint64_t i = 0; i < c.evict_n; i++) /* a policy that takes no notice of marks may have got some for pages that were read ahead once */
+        p->entry[c.evict[i]].flags &= (uint8_t)~ABOUT_MARKS;
     mark_queued(p, &c);
     *evict_n = c.evict_n;
     *mark_n = c.mark_n;

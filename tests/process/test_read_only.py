@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
-import platform
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +19,6 @@ import dmh
 from dmh.errors import RegionError
 from dmh.lspt.states import Copy, State
 from dmh.lspt.steps import NUMBERS
-from dmh.native import ffi
 
 OpenRegion = Callable[..., dmh.Region]
 needs_seals = pytest.mark.skipif(not CAN_SEAL, reason="needs mseal")
@@ -30,15 +26,6 @@ needs_seals = pytest.mark.skipif(not CAN_SEAL, reason="needs mseal")
 
 def quiet(running: Service) -> int:
     return int(running.look.table.raw.quiet)
-
-
-def unpark(raw: Any) -> None:
-    """Let a worker go on that has stopped at a step."""
-    raw.parked = 0
-    futex, wake, everybody = {"x86_64": 202, "aarch64": 98}[platform.machine()], 1, 2**31 - 1
-    ctypes.CDLL(None).syscall(
-        futex, ctypes.c_void_p(int(ffi.cast("uintptr_t", ffi.addressof(raw, "parked")))), wake, everybody
-    )
 
 
 class TestWhatAReaderMayDo:
@@ -343,7 +330,7 @@ class TestAWriterThatComesAndGoes:
             writer = running.start("r+")
             wait_until(lambda: quiet(running) == 0, "the writer is about to join")
             assert not writer.says_something(0.5)
-            unpark(raw)
+            raw.parked = 0
             writer.ready()
             reader.answer()
             versions = dict.fromkeys(range(running.pages), 2)
@@ -363,7 +350,7 @@ class TestAWriterThatComesAndGoes:
             assert raw.parked
             writer.kill()  # not `leave`, which is answered when every worker has let go of its view
             wait_until(lambda: quiet(running) > 0, "the writer is gone")
-            unpark(raw)
+            raw.parked = 0
             wait_until(lambda: running.look.table.state(7) is State.RESIDENT, "the page is published")
             running.evict(reader)
             assert reader.ask("check", versions | {7: 2}) == []

@@ -369,6 +369,19 @@ class AnyUse(RuleBasedStateMachine):
         self.memory.validate()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mark_ends_with_its_page(name: str) -> None:
+    """Queued when the page was read ahead, made when it had come another way, to a policy that does not ask for marks."""
+    policy = policy_class(name)(10, 5, accessed=True)
+    for event, pages in ((Event.PREFETCH, [1]), (Event.GONE, [1]), (Event.FAULT, [1, 0])):
+        policy.tell(event, numbers(pages))
+    for _ in range(20):
+        policy.choose(1, 5)
+        policy.validate()
+        policy.learn(looked := policy.look(5), np.full(len(looked), Event.IDLE, np.uint8))
+    assert len(policy) == 0
+
+
 for _name in NAMES:
     for _accessed in (False, True):
         _machine = type(f"AnyUse_{_name}_{_accessed}", (AnyUse,), {"name": _name, "accessed": _accessed})
