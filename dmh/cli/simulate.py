@@ -116,9 +116,7 @@ def _setting(args: argparse.Namespace, pages: int, limit: int, policy: str) -> S
 
     page_size = loaded().region.page_size
     config = loaded(f"region.size={pages * page_size}", f"memory.limit={limit * page_size}")
-    return Setting.of(
-        config, choose_source(config.evictor.idle, page_size, profits=policy_class(policy).profits_from_marks)
-    )
+    return Setting.of(config, choose_source(config.evictor.idle, page_size, policy))
 
 
 def _limit(text: str, problems: list[str]) -> float:

@@ -17,7 +17,6 @@ from dmh.config import Config, about, without_password
 from dmh.doctor.finding import Finding, Level
 from dmh.errors import KernelError, ServiceError, StoreError
 from dmh.evict.idle import choose_source
-from dmh.evict.policies import policy_class
 from dmh.machine import kernel, memory
 from dmh.service.paths import check_length, running_services, service_directory
 from dmh.service.requirements import most_programs, needs
@@ -40,8 +39,7 @@ def findings(config: Config, file: str) -> Iterator[Finding]:
             "take smaller pages",
         )
     try:
-        profits = policy_class(config.evictor.policy).profits_from_marks
-        source = choose_source(config.evictor.idle, config.region.page_size, profits=profits)
+        source = choose_source(config.evictor.idle, config.region.page_size, config.evictor.policy)
         yield Finding(group, "evictor.idle", source, Level.OK, f"what {config.evictor.idle} comes to here")
     except KernelError as error:
         yield Finding(group, "evictor.idle", config.evictor.idle, Level.BAD, str(error), "evictor.idle=auto")

@@ -170,8 +170,7 @@ static void capture_group(struct dmh_ctx *c, int pipe_out, int pipe_in, const ui
     AT(c, DMH_AT_EVICTING);
     uint64_t there = 0;
     for (uint64_t i = 0, k; i < g; i += k) {
-        for (k = 1; i + k < g && j->page[i + k] == j->page[i] + k; k++)
-            ;
+        k = run_of(j->page, g, i, g);
         int all = page_is_present(c, j->page[i] * size, k * size);
         for (uint64_t at = i; at < i + k; at++) {
             if (!all && !page_is_present(c, j->page[at] * size, size)) {
@@ -202,8 +201,7 @@ static void capture_group(struct dmh_ctx *c, int pipe_out, int pipe_in, const ui
     AT(c, DMH_AT_RELEASED);
     uint32_t waited_for = __atomic_exchange_n(&c->s->left_to_evictor, 0u, __ATOMIC_SEQ_CST);
     for (uint64_t i = 0, k; waited_for && i < there; i += k) {
-        for (k = 1; i + k < there && j->page[i + k] == j->page[i] + k; k++)
-            ;
+        k = run_of(j->page, there, i, there);
         dmh_wake_pages(c, j->page[i], k);
     }
     count(c, DMH_C_EVICTED, there);

@@ -29,15 +29,6 @@
 
 static uint64_t parts(const struct dmh_ctx *c) { return c->s->page_size / DMH_KERNEL_PAGE; }
 
-/* How many of pages[i..] are neighbours, at most `most`. */
-static uint64_t run_of(const uint64_t *pages, uint64_t n, uint64_t i, uint64_t most)
-{
-    uint64_t k = 1;
-    while (i + k < n && k < most && pages[i + k] == pages[i] + k)
-        k++;
-    return k;
-}
-
 /* Views carry what it takes to look into their processes, a pidfd and the pagemap: those that are there, and those to come. */
 void dmh_ctx_look(struct dmh_ctx *c)
 {

@@ -277,6 +277,14 @@ static int go_on(struct dmh_streams *s, struct thread *t, struct stream *m, int6
     return m->marker == m->next ? begin(m, page, o, s->limit, out) : open_window(m, o, out);
 }
 
+/* Stream i goes on at a page that is no marker of its. */
+static int come_back(struct dmh_streams *s, struct thread *t, uint32_t i, int64_t page, const struct dmh_outlook *o, struct dmh_window *out)
+{
+    struct stream *m = to_front(t, i);
+    missed(s, m, page, o);
+    return begin(m, page, o, s->limit, out);
+}
+
 /* The windows just returned were given to a resolver, which is done with them when completed[resolver] is `ticket`. */
 void dmh_streams_given(struct dmh_streams *s, uint32_t resolver, uint64_t ticket)
 {
@@ -321,11 +329,8 @@ int dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, 
         if (on_its_way(&t->stream[i], o, page))
             return -(int)t->stream[i].resolver;
     for (uint32_t i = 0; o->words && i < t->nstreams; i++)
-        if (has_come_to(&t->stream[i], o, page)) {
-            struct stream *m = to_front(t, i);
-            missed(s, m, page, o);
-            return begin(m, page, o, s->limit, out);
-        }
+        if (has_come_to(&t->stream[i], o, page))
+            return come_back(s, t, i, page, o, out);
     const int sequential = advice == DMH_ADVICE_SEQUENTIAL;
     int64_t stride = sequential ? 1 : new_stride(t, page);
     t->recent[t->nrecent++ % RECENT] = page;
@@ -334,12 +339,9 @@ int dmh_streams_observe(struct dmh_streams *s, uint32_t thread, uint64_t fault, 
     if (!stride)
         return 0;
     for (uint32_t i = 0; i < t->nstreams; i++)
-        if (t->stream[i].stride == stride && covers(&t->stream[i], page)) {
-            /* Its pages did not come (there was no room), or it has run past its marker, which another thread had brought in. */
-            struct stream *m = to_front(t, i);
-            missed(s, m, page, o);
-            return begin(m, page, o, s->limit, out);
-        }
+        /* Its pages did not come (there was no room), or it has run past its marker, which another thread had brought in. */
+        if (t->stream[i].stride == stride && covers(&t->stream[i], page))
+            return come_back(s, t, i, page, o, out);
     forget_unproven(s, t);
     if (t->nstreams == STREAMS)
         end_stream(s, t, &t->stream[--t->nstreams]);

@@ -158,6 +158,15 @@ static inline void leave(struct dmh_ctx *c)
         STORE(&post_of(c->s, c->worker)->busy, 0u);
 }
 
+/* How many of pages[i..] are neighbours, at most `most`. */
+static inline uint64_t run_of(const uint64_t *pages, uint64_t n, uint64_t i, uint64_t most)
+{
+    uint64_t k = 1;
+    while (i + k < n && k < most && pages[i + k] == pages[i] + k)
+        k++;
+    return k;
+}
+
 /*
  * A fault on a page that is EVICTING by its word w is the evictor's to wake.  It publishes and then looks at left_to_evictor; we set that and then look
  * at the word again: one of us sees the other.  0: the page is EVICTING no more, and nobody may wake it.

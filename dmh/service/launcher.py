@@ -24,7 +24,6 @@ from typing import Any
 from dmh.config import Config, Limits, without_password
 from dmh.errors import KernelError, ServiceError
 from dmh.evict.idle import choose_source
-from dmh.evict.policies import policy_class
 from dmh.lspt.table import Bounds, Table
 from dmh.native import check, ffi, lib
 from dmh.observe import metrics
@@ -106,9 +105,7 @@ class Launcher:
         config, limits = self.config, self.limits
         page_size, pages = config.region.page_size, config.region.size // config.region.page_size
         self.most_programs = requirements.check(config)
-        self.idle = choose_source(
-            config.evictor.idle, page_size, profits=policy_class(config.evictor.policy).profits_from_marks
-        )
+        self.idle = choose_source(config.evictor.idle, page_size, config.evictor.policy)
         self.directory = ServiceDirectory(self.name)
         self._undo.callback(self.directory.remove)
         self._own(hold_alive(self.directory.path))

@@ -17,14 +17,15 @@ from dmh.evict.idle.buffer import BufferSource
 from dmh.evict.idle.page_idle import PageIdleSource
 from dmh.evict.idle.unmap import UnmapSource
 from dmh.evict.leave import Leaver
+from dmh.evict.policies import policy_class
 from dmh.evict.unmap import Unmapper
 from dmh.lspt.table import Table
 
 __all__ = ["IdleSource", "choose_source", "open_source"]
 
 
-def choose_source(name: str, page_size: int, *, profits: bool = True) -> str:
-    """The source that `evictor.idle` means on this machine, for a policy that profits from marks or does not.
+def choose_source(name: str, page_size: int, policy: str | None = None) -> str:
+    """The source that `evictor.idle` means on this machine, for this policy (None: one that profits from marks).
 
     Raises:
         KernelError: one that was asked for by name is not to be had here, and why.
@@ -33,7 +34,7 @@ def choose_source(name: str, page_size: int, *, profits: bool = True) -> str:
         "page_idle": page_idle.probe,
         "unmap": partial(unmap.probe, page_size),
     }
-    if name == "auto" and not profits:
+    if name == "auto" and policy and not policy_class(policy).profits_from_marks:
         return "none"
     if name == "auto":
         return next((source for source, probe in probes.items() if probe() is None), "buffer")
