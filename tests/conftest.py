@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ from regions import launcher_of, left_by, processes_of, settings, traces
 from store_servers import RedisServer
 
 import dmh
+
+# For the programs that tests start: a thousand times NumPy, whose linear algebra starts threads that nobody needs.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.fixture

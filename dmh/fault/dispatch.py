@@ -19,6 +19,10 @@ def resolver_address(directory: str | Path, number: int) -> str:
     return f"ipc://{directory}/resolver-{number}.sock"
 
 
+RECONNECT_MS = 5
+"""How often to look for a resolver that does not listen yet: faults wait for it (ZeroMQ's default is 100 ms)."""
+
+
 class Dispatcher:
     """The monitor's sockets to the resolvers.
 
@@ -34,6 +38,7 @@ class Dispatcher:
             socket = self._context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
             socket.connect(resolver_address(directory, number))
             self._sockets.append(socket)
 

@@ -20,6 +20,7 @@ from dmh.errors import DmhError, ServiceError
 from dmh.region.guardian import Guardian
 from dmh.service.channel import Channel, Message
 from dmh.service.paths import SOCKET_VARIABLE, control_socket, running_services, service_directory
+from dmh.service.placement import ONE_THREAD
 
 START_SECONDS = 90.0
 
@@ -141,6 +142,7 @@ def start_service(config: Config, log: IO[bytes] | None = None) -> Connection:
             stdin=subprocess.PIPE,
             stderr=log,
             pass_fds=[ready_write],
+            env=os.environ | ONE_THREAD,
             process_group=0,  # a terminal's Ctrl-C is for the program; the service ends with it
         )
     finally:

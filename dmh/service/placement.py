@@ -20,6 +20,10 @@ from dmh.native import lib
 DEAR_US = 10.0
 """A cross-processor wake-up above this makes `auto` put the fault path on one processor."""
 ROUNDS = 40
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+"""For a service's processes.  NumPy's linear algebra starts a thread for every processor when it is imported: that is a
+sixth of the time that a service takes to start, and nothing there uses it.
+"""
 MONITOR_SLICE_US, RESOLVER_SLICE_US = 100, 300
 """See `schedule`."""
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from dmh.errors import ServiceError
 from dmh.service.channel import Channel, Message, close_all, pair
+from dmh.service.placement import ONE_THREAD
 from dmh.service.worker import Setup
 from dmh.store.secrets import without_secrets
 
@@ -107,7 +108,7 @@ class Pool:
                 [sys.executable, "-P", "-m", f"workers.{role}", "--control-fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=without_secrets(os.environ, self._setup.store["url"], self._setup.store["encrypt"]),
+                env=without_secrets(os.environ, self._setup.store["url"], self._setup.store["encrypt"]) | ONE_THREAD,
                 # A group of its own: a terminal's Ctrl-C is for the program, not for its pager.  Not a session of
                 # its own: the scheduler would put it into another autogroup, and switching between those costs a
                 # microsecond a fault.

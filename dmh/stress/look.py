@@ -94,6 +94,11 @@ class Look:
         names = {f"{self.role(number)} {number}": pid for number, pid in self.workers().items()}
         return {name: kinds_of(pid) for name, pid in {"launcher": self.launcher, **names}.items()}
 
+    def connected(self) -> bool:
+        """Whether the monitor has its connection to every resolver: they come up side by side, and some later."""
+        monitor = self.descriptors().get("monitor 0", Counter())
+        return monitor["socket:[N]"] > self.table.workers - 2  # and one to the launcher
+
     def memory(self) -> int:
         """Bytes that the kernel has given to the region and to the victim buffer."""
         return sum(os.fstat(self._fds[name]).st_blocks * 512 for name in ("region", "victims"))

@@ -85,6 +85,9 @@ class Run:
     def _course(self) -> None:
         if not self._all_reach("attached", "starting"):
             return
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while not self.look.connected() and time.monotonic() < deadline:
+            time.sleep(0.005)
         at_start = self.look.descriptors()
         rng, now = random.Random(self.plan.seed), time.monotonic()
         workers = Workers(self.look, self.plan.kill_rate, rng, now)
