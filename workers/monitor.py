@@ -42,7 +42,7 @@ def main() -> None:
     setup, context = worker.setup, worker.context
     # A quarter is left to pages that a program has passed: nothing tells the policy at once.
     streams = Streams(setup.window, lib.dmh_ahead_cap(setup.low) * 3 // 4)
-    check(lib.dmh_ctx_watch(context, setup.follow, streams.pointer), "watching userfaultfds")
+    check(lib.dmh_ctx_watch(context, setup.follow, setup.keep, streams.pointer), "watching userfaultfds")
     store: OpenStore | None = None
     if setup.inline:
         # What cannot block is resolved where it is seen, stored pages too where they lie in a local file as they are.

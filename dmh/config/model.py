@@ -217,7 +217,7 @@ class WorkersConfig(_Section):
     spin_us: _Spin = Field(
         default="auto",
         description="Microseconds (0 to 1000) a worker polls for the next message before it sleeps; auto polls only "
-        "where there are CPUs to spare.",
+        "where there are CPUs to spare. 0 also lets the other of two CPUs sleep while one thread faults.",
     )
     cpus: _Cpus = Field(
         default="auto",

@@ -47,6 +47,16 @@ def tasks_left(proc: Path = PROC) -> tuple[int, str]:
     return min(bounds)
 
 
+def cpu_time_is_rationed(proc: Path = PROC) -> bool:
+    """Whether a cgroup, v1 or v2, allows this process only so much processor time a period."""
+    for directory in group_directories("cpu", proc):
+        for name, without in (("cpu.max", "max"), ("cpu.cfs_quota_us", "-1")):
+            with contextlib.suppress(OSError):  # no such file in the root group
+                if not (directory / name).read_text().startswith(without):
+                    return True
+    return False
+
+
 def _tasks_of(uid: int, proc: Path) -> int:
     """Processes and threads of a user: RLIMIT_NPROC counts both."""
     total = 0

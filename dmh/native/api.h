@@ -158,7 +158,7 @@ int      dmh_touch(void *base, uint64_t bytes, uint64_t step);
 
 /* A process's table of the mappings that can fault: applications' and its own. */
 struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_base, uint32_t worker);
-int      dmh_ctx_watch(struct dmh_ctx *c, int follow, struct dmh_streams *streams);
+int      dmh_ctx_watch(struct dmh_ctx *c, int follow, int keep, struct dmh_streams *streams);
 int      dmh_view_add(struct dmh_ctx *c, uint32_t id, int uffd, uint64_t base, int pid, int own);
 int      dmh_view_remove(struct dmh_ctx *c, uint32_t id);
 void     dmh_interrupt(struct dmh_ctx *c);

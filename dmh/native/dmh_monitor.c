@@ -1,7 +1,6 @@
 /* The monitor's loop: read messages, look each page up in the table, and hand on only what needs a resolver. */
 #include "internal.h"
 
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <sched.h>
 #include <sys/epoll.h>
@@ -10,9 +9,6 @@
 #define MESSAGES 64
 
 #define QUIET_NS 20000000ull
-#define FOLLOW_NS 20000000ull
-#define LATE_NS 12000ull        /* the next fault of a thread on our own processor comes sooner, unless the thread computes */
-#define LATE_LOOK 8
 #define SPIN_MOST_NS 100000ull
 #define GAP_MOST_NS 1000000ull
 
@@ -83,67 +79,6 @@ static int wait_for_messages(struct dmh_ctx *c, struct epoll_event *ready, int t
             c->quiet_until_ns = now + QUIET_NS;
     }
     return epoll_wait(c->epoll_fd, ready, MESSAGES, timeout_ms);
-}
-
-static void run_on(struct dmh_shared *s, int cpu)
-{
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    for (int i = 0; i < CPU_SETSIZE; i++)
-        if (cpu < 0 || i == cpu)
-            CPU_SET(i, &set);
-    /* The monitor and the resolver that takes single faults; the other resolvers and the evictor work beside the program. */
-    sched_setaffinity(0, sizeof set, &set);
-    if (s->pids[1])
-        sched_setaffinity((pid_t)s->pids[1], sizeof set, &set);
-}
-
-/* The processor that a thread runs, or ran last, on; -1 if it is gone. */
-static int processor_of(struct dmh_ctx *c, int pid, uint32_t thread)
-{
-    char text[1024], *p;
-    if (c->stat_thread != thread) {
-        char path[64];
-        if (c->stat_fd >= 0)
-            close(c->stat_fd);
-        snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid ? (unsigned)pid : thread, thread); /* 0: a forked child */
-        c->stat_fd = open(path, O_RDONLY | O_CLOEXEC); /* kept open: that halves the cost of the next look */
-        c->stat_thread = thread;
-    }
-    ssize_t n = pread(c->stat_fd, text, sizeof text - 1, 0);
-    if (n <= 0) {
-        c->stat_thread = 0;
-        return -1;
-    }
-    text[n] = 0;
-    p = strrchr(text, ')'); /* the name before it may hold anything */
-    for (int field = 2; p && field < 39; field++)
-        p = strchr(p + 1, ' ');
-    return p ? atoi(p + 1) : -1;
-}
-
-/*
- * Where cross-processor wake-ups are dear: while one thread alone faults, work on the processor that it has just left; it sleeps there until we
- * are done.  When several threads fault, run anywhere.  The scheduler's balancer may take the thread elsewhere at any moment.  That shows in the
- * time until its next fault, which then has two dear wake-ups in it; a few such in a row, and we look where it is.
- */
-static void follow(struct dmh_ctx *c, struct view *v, uint32_t thread, uint64_t now)
-{
-    if (thread != c->followed_thread)
-        c->other_threads++;
-    c->late = now - c->last_ns > LATE_NS ? c->late + 1 : 0;
-    if (now < c->look_at_ns && c->late < LATE_LOOK)
-        return;
-    int cpu = c->other_threads > 2 ? -1 : processor_of(c, v->pid, thread);
-    c->look_at_ns = now + FOLLOW_NS;
-    c->late = 0;
-    c->followed_thread = thread;
-    c->other_threads = 0;
-    if (cpu != c->followed_cpu) {
-        c->followed_cpu = cpu;
-        run_on(c->s, cpu);
-        count(c, DMH_C_MOVES, 1);
-    }
 }
 
 /* Resolve here, without asking anybody, what cannot block; stored pages from the page file where the kernel has them in memory. */
@@ -309,7 +244,7 @@ static int read_messages(struct dmh_ctx *c, const struct epoll_event *ready, int
             }
             look_forward_to(c, page);
             if (c->follow)
-                follow(c, v, messages[j].arg.pagefault.feat.ptid, at);
+                dmh_follow(c, v, messages[j].arg.pagefault.feat.ptid, at);
             if (look_up(c, v, address, page))
                 out[n++] = (struct dmh_request){ .page = page, .stride = 1, .view = v->id, .demand = 1, .ns = at,
                                                  .thread = messages[j].arg.pagefault.feat.ptid };

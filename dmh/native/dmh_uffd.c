@@ -207,10 +207,14 @@ struct dmh_ctx *dmh_ctx_new(struct dmh_shared *s, int region_fd, void *slots_bas
     return c;
 }
 
-/* Monitor: the programs' views are read by dmh_receive, which reads ahead by `streams`; with `follow`, the fault path moves to where the faults come from. */
-int dmh_ctx_watch(struct dmh_ctx *c, int follow, struct dmh_streams *streams)
+/*
+ * Monitor: the programs' views are read by dmh_receive, which reads ahead by `streams`; with `follow`, the fault path moves to where the faults come from,
+ * and with `keep` the other of two processors may be kept from being idle for its sake.
+ */
+int dmh_ctx_watch(struct dmh_ctx *c, int follow, int keep, struct dmh_streams *streams)
 {
     c->follow = follow;
+    c->may_keep = keep;
     c->followed_cpu = -1;
     c->seen = calloc(c->s->pages, sizeof *c->seen);
     c->streams = streams;

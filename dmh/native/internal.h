@@ -82,9 +82,15 @@ struct dmh_ctx {
     uint64_t window_bytes;
     struct dmh_streams *streams; /* the caller's */
     uint64_t last_ns;           /* when the last message came: for spinning */
-    int follow, followed_cpu;   /* -1: nobody in particular, run anywhere */
+    int follow, followed_cpu;   /* dmh_follow.c.  -1: nobody in particular, run anywhere */
     uint32_t followed_thread, other_threads;
     uint64_t look_at_ns;        /* when to look again where the thread runs */
+    uint64_t moved_ns, not_following_until_ns;
+    uint32_t chases;            /* moves in a row, each soon after the last */
+    int may_keep, keeper_started; /* the other of two processors may be kept from being idle; there is a thread for it, the keeper */
+    int keeper, keeper_cpu;     /* its id; where it spins, -1: nowhere */
+    uint32_t keeping;           /* it sleeps on this while it is 0 */
+    uint64_t keep_until_ns, keep_not_before_ns;
     uint32_t late;              /* faults in a row that came so late that it may run elsewhere */
     int stat_fd;                /* /proc/.../stat of stat_thread; -1: none */
     uint32_t stat_thread;
@@ -193,6 +199,7 @@ int uffd_open_as(int kind); /* DMH_UFFD_...; a descriptor, or -errno */
 void note_birth(struct dmh_ctx *c, struct dmh_birth birth);
 uint64_t reserve_but(struct dmh_shared *s, uint64_t wanted, uint64_t keep);
 uint64_t kept_from_windows(const struct dmh_shared *s);
+void dmh_follow(struct dmh_ctx *c, struct view *v, uint32_t thread, uint64_t now);
 int hand_to(struct dmh_ctx *c, struct dmh_request *r, uint32_t n);
 void report_lost(const struct dmh_plan *p);
 int bring_ahead(struct dmh_ctx *c, struct dmh_request *r);

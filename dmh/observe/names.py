@@ -42,6 +42,7 @@ COUNTERS: dict[str, str] = {
     "restarts": "worker processes that took the place of dead ones",
     "refused": "messages on dmh's own sockets that were malformed and ignored",
     "moves": "times the fault path followed the faulting thread to another processor",
+    "kept": "times the other of two processors was kept from being idle, because the faulting thread was moved there",
     "late": "messages for a page that was on its way ahead of use: asked for before it was delivered",
     "ahead_used": "pages of read-ahead windows that a scan has passed, by its next fault",
     "ahead_wasted": "pages of read-ahead windows whose scan did not go on",

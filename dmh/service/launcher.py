@@ -147,6 +147,7 @@ class Launcher:
             spin_us=self._spin_us(),
             cpus=placement.cpus,
             follow=placement.follow,
+            keep=placement.keep and config.workers.spin_us != 0,
             store=spec_to_wire(spec),
             retry={"timeout": config.store.timeout, "wait": config.store.on_failure == "wait"},
             log_level=log.getEffectiveLevel(),

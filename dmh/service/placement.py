@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dmh.machine.limits import cpu_time_is_rationed
 from dmh.native import lib
 
 DEAR_US = 10.0
@@ -83,15 +84,19 @@ class Placement:
     Attributes:
         cpus: processors it is bound to; none: any.
         follow: it moves to the processor of the thread that faults.
+        keep: meanwhile the other processor, of two, may be kept from being idle, so that the scheduler does not move
+            the thread there (dmh_follow.c).  Not where processor time is rationed.
     """
 
     cpus: list[int]
     follow: bool
+    keep: bool = False
 
     @classmethod
     def of(cls, setting: str | Sequence[int]) -> Placement:
         """What `workers.cpus` ("auto", "any", or a list of processors) means on this machine."""
         allowed = sorted(os.sched_getaffinity(0))
         if isinstance(setting, str):
-            return cls([], setting == "auto" and len(allowed) > 1 and cross_cpu_wake_us(allowed) > DEAR_US)
+            follow = setting == "auto" and len(allowed) > 1 and cross_cpu_wake_us(allowed) > DEAR_US
+            return cls([], follow, follow and len(allowed) == os.cpu_count() == 2 and not cpu_time_is_rationed())
         return cls(list(setting), False)

@@ -69,6 +69,7 @@ class Setup:
     """Seconds that a service without programs waits for a launcher that takes over."""
     cpus: list[int]
     follow: bool
+    keep: bool
     record: dict[str, Any]
     restarted: bool = False
     """It takes the place of a worker that died, and has to set right what that one left."""

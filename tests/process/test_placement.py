@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 from regions import inside, page_of, wait_until
 
 import dmh
+from dmh.bench import work
 from dmh.lspt.states import State
 
 OpenRegion = Callable[..., dmh.Region]
@@ -50,3 +54,46 @@ def test_the_fault_path_follows_the_thread(open_region: OpenRegion) -> None:
             assert os.sched_getaffinity(monitor) == ({min(allowed)} if follows else allowed)
         finally:
             os.sched_setaffinity(0, allowed)
+
+
+def threads_at_the_lowest_priority(process: int) -> list[Path]:
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return [task for task in tasks if (task / "stat").read_text().rpartition(")")[2].split()[16] == "19"]
+
+
+def state_and_ticks(task: Path) -> tuple[str, int]:
+    fields = (task / "stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[11]) + int(fields[12])
+
+
+def touch_at_random(region: dmh.Region, until: Callable[[], bool]) -> bool:
+    """First touches in no order, which the fault path follows, until something is the case or 20,000 are done."""
+    array = region.empty((20_000, 4096), "u1")
+    order = np.random.default_rng(1).permutation(len(array)).astype(np.uint64) * np.uint64(4096)
+    for at in range(0, len(order), 500):
+        work.touch_at(work.address(array), order[at : at + 500], write=True)
+        if until():
+            return True
+    return False
+
+
+@pytest.mark.skipif(os.cpu_count() != 2, reason="needs exactly two processors")
+@pytest.mark.parametrize("spin_us", ["auto", "0"])
+def test_the_other_processor_is_kept_awake_no_longer_than_faults_come(open_region: OpenRegion, spin_us: str) -> None:
+    """A scheduler that gives a woken thread the idle processor would move it, and us behind it, at every fault."""
+    region = open_region(
+        "region.size=96MiB", "memory.limit=88MiB", "prefetch.enabled=false", f"workers.spin_us={spin_us}"
+    )
+    with inside(region) as look:
+        (monitor,) = look.workers["monitor"]
+        kept = touch_at_random(region, lambda: look.table.counters()["kept"] > 0)
+        if spin_us == "0":
+            assert not kept
+            return
+        if not kept:
+            pytest.skip("this machine's scheduler leaves the thread where it is")
+        (keeper,) = threads_at_the_lowest_priority(monitor)
+        wait_until(lambda: state_and_ticks(keeper)[0] == "S", "it sleeps, because no faults come")
+        before = state_and_ticks(keeper)[1]
+        time.sleep(0.3)  # time in which it could do what it must not
+        assert state_and_ticks(keeper) == ("S", before)

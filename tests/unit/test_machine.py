@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dmh.machine.limits import UNLIMITED, tasks_left
+from dmh.machine.limits import UNLIMITED, cpu_time_is_rationed, tasks_left
 from dmh.machine.memory import group_directories, memory_groups, rooms
 
 MIB = 1 << 20
@@ -122,5 +122,27 @@ def test_a_pids_cgroup_bounds_the_processes(proc: Path, tmp_path: Path) -> None:
     assert tasks_left(proc) == (5, f"in the pids cgroup {group}")
 
 
+@pytest.mark.parametrize(
+    ("said", "rationed"), [({"cpu__max": "max 100000"}, False), ({"cpu__max": "150000 100000"}, True), ({}, False)]
+)
+def test_a_cpu_cgroup_may_ration_processor_time(
+    proc: Path, tmp_path: Path, said: dict[str, str], rationed: bool
+) -> None:
+    v2(proc, tmp_path / "cgroup", "/job", **said)
+    v2(proc, tmp_path / "cgroup", "/job/step", cpu__max="max 100000")
+    assert cpu_time_is_rationed(proc) is rationed
+
+
+@pytest.mark.parametrize(("quota", "rationed"), [("-1", False), ("50000", True)])
+def test_so_may_cgroup_v1(proc: Path, tmp_path: Path, quota: str, rationed: bool) -> None:
+    root = tmp_path / "cpu"
+    (root / "job").mkdir(parents=True)
+    (root / "job" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (proc / "self/cgroup").write_text("3:cpu,cpuacct:/job\n")
+    (proc / "self/mountinfo").write_text(f"30 23 0:27 / {root} rw - cgroup cgroup rw,cpu,cpuacct\n")
+    assert cpu_time_is_rationed(proc) is rationed
+
+
 def test_files_that_cannot_be_read_are_no_bound(tmp_path: Path) -> None:
+    assert not cpu_time_is_rationed(tmp_path / "nothing")
     assert rooms(tmp_path / "nothing") == []
