@@ -271,8 +271,9 @@ uint64_t dmh_policy_look(struct dmh_policy *p, uint64_t *out, uint64_t most)
 {
     uint64_t n = 0;
     if (ahead_is_over(p)) {
-        uint64_t over = p->list[AHEAD].count - p->ahead_cap;
-        for (uint32_t at = p->list[AHEAD].front; at && over-- && n < most; at = p->entry[at - 1].next)
+        /* Of those that may be chosen next: the list may be long, and nothing on it marked. */
+        uint64_t over = p->list[AHEAD].count - p->ahead_cap, next = over < most ? over : most;
+        for (uint32_t at = p->list[AHEAD].front; at && next--; at = p->entry[at - 1].next)
             if (p->entry[at - 1].flags & MARKED)
                 out[n++] = at - 1;
     }
