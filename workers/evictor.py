@@ -5,10 +5,11 @@
     above the high threshold: mark and evict until the low one      dmh.evict.lpet, with the policy and the idle source
     mark what the policy will want to know of, within the budget
     answer requests: discard, evict, flush, pin, unpin
+    acknowledge what was written meanwhile                         dmh.evict.writing
     bring back what programs could not get during an outage         dmh.evict.heal
     record what came in, where a recording is wanted               dmh.observe.trace
 
-It is the only process that takes pages out of the region and the only one that writes to the DMS, all in one thread:
+It is the only process that takes pages out of the region and the only one that writes to the DMS, one batch at a time:
 so no page has two writers and no old version overtakes a new one.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 import time
 
 import numpy as np
@@ -40,6 +42,8 @@ from dmh.store.retry import Stopped
 IDLE_MS = 1000
 BUSY_MS = 2
 """How long to wait before looking again when everything is pinned or being fetched."""
+SWITCH_SECONDS = 0.0005
+"""So long may the thread that writes keep the interpreter from this one, which has room to make."""
 AWAY_MS = 50
 """The same while the store does not answer; a request that comes meanwhile is answered at once."""
 
@@ -51,6 +55,8 @@ class Evictor:
         setup = worker.setup
         self.worker, self.table = worker, worker.table
         self.store = worker.open_store()
+        if self.store.elsewhere:
+            sys.setswitchinterval(SWITCH_SECONDS)
         recover(worker, self.store)
         pipe, retry = (worker.pipe_out, worker.pipe_in), worker.retry()
         self.leaver = Leaver(
@@ -94,9 +100,12 @@ class Evictor:
         while not stopping.is_set():
             seen = raw.bell
             self._answer_requests()
+            if self.leaver.writing.over:
+                self.leaver.writing.go_on()
             self.lpet.learn()
             short = self.lpet.run(lambda: not stopping.is_set())
             if self.healer.due:
+                self.leaver.finish()
                 self.healer.run()
             self.lpet.mark_ahead()
             if short:
@@ -182,6 +191,7 @@ class Evictor:
         return {}
 
     def _store_stats(self, message: Message) -> Message:
+        self.leaver.finish()
         # One that does not answer is not asked again for this.
         figures = {} if self.leaver.away else self.store.stats()
         return {"store": {"state": self._state_of_store(str(figures.get("unavailable", "")))} | figures}
@@ -208,6 +218,7 @@ def main() -> None:
         if evictor.recording:
             evictor.lpet.learn()
             evictor.recording.close()
+        evictor.leaver.writing.close()
         evictor.store.close()
         worker.after_launcher(lambda: registry.remove(spec))
 

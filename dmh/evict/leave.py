@@ -1,8 +1,9 @@
 """How pages leave: captured into the victim buffer, settled, written, acknowledged.
 
 Owns the victim buffer's slots and the one connection that writes to the DMS.  Does not choose (`dmh.evict.lpet`).
-Everything here runs in the evictor's main thread, so a page has one writer and the DMS never sees an old version
-after a new one.  Nothing here waits for a store that does not answer: what could not be written stays STAGED.
+Everything here runs in the evictor's main thread, but for a batch that is being written (`dmh.evict.writing`), during
+which nothing else is asked of the store.  Nothing here waits for a store that does not answer: what could not be
+written stays STAGED.
 """
 
 from __future__ import annotations
@@ -16,17 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dmh.errors import StoreError
+from dmh.evict.writing import NO_PAGES, Pages, Slots, Writing
 from dmh.lspt.states import Copy, State
-from dmh.lspt.steps import NUMBERS
-from dmh.lspt.table import Table
+from dmh.lspt.table import Table, slots_of
 from dmh.native import ffi, lib
 from dmh.store.base import OpenStore
 from dmh.store.retry import Retry
 
 log = logging.getLogger("dmh")
-
-Pages = npt.NDArray[np.uint64]
-NO_PAGES: Pages = np.empty(0, np.uint64)
 
 MOST_LEAVING = 1024
 """Pages that leave in one call."""
@@ -54,7 +52,6 @@ class Leaver:
         self._table = table
         self._context = context
         self._number = number
-        self._slots = slots
         self._pipe_out, self._pipe_in = pipe
         self._pipe_bytes = lib.dmh_pipe_bytes(self._pipe_in)
         self._store = store
@@ -68,6 +65,10 @@ class Leaver:
         self._epoch: str | None = None
         with contextlib.suppress(StoreError):  # then the first answer counts as another store's
             self._epoch = store.epoch()
+        self._trusted_at = 0.0
+        self.writing = Writing(table, context, number, slots, store, retry, self._has_failed)
+
+    def _has_failed(self) -> None:
         self._trusted_at = 0.0
 
     @property
@@ -88,15 +89,16 @@ class Leaver:
         """Move pages out to the DMS: resident ones by way of the victim buffer, staged ones from there.
 
         Returns those that have not gone: pinned ones, those that are not there (any more), and those that are still
-        local because the store did not take them, or because what it did not take fills the victim buffer.
+        local because the store did not take them, or because what it did not take fills the victim buffer.  The last
+        batch may still be on its way (`finish`).
         """
-        states = self._table.words[pages] & np.uint64(15)
-        resident = states == State.RESIDENT
+        resident = (self._table.words[pages] & np.uint64(15)) == State.RESIDENT
         if resident.all():
             return self._evict_resident(pages)
-        staged = pages[states == State.STAGED]
-        done = self._write_out(staged)
-        return np.concatenate([np.setdiff1d(pages[~resident], done), self._evict_resident(pages[resident])])
+        left, others = self._evict_resident(pages[resident]), pages[~resident]
+        self.writing.finish()
+        staged = others[(self._table.words[others] & np.uint64(15)) == State.STAGED]
+        return np.concatenate([left, np.setdiff1d(others, self._write_out(staged))])
 
     def _evict_resident(self, pages: Pages) -> Pages:
         pages = np.sort(pages)
@@ -107,7 +109,9 @@ class Leaver:
             part, pages = pages[:MOST_LEAVING], pages[MOST_LEAVING:]
             self._check_epoch(part)
             not_looked_at = self._leave(part, left)
-            if len(not_looked_at) == len(part):
+            if len(not_looked_at) == len(part) and not self.writing.idle:
+                left.append(self.writing.go_on())  # its slots are free again
+            elif len(not_looked_at) == len(part):
                 # What could not be written fills the buffer, or marked pages do: the oldest must make way, whatever
                 # they were kept for.
                 self.write_staged()
@@ -130,10 +134,18 @@ class Leaver:
         if leaving.lost_n:
             self._report_lost(self._leaving_lost[: leaving.lost_n].tolist())
         if dirty:
-            pages = self._leaving_pages[:dirty].copy()
-            if not self._write(pages, self._leaving_slots[:dirty], self._leaving_sums[:dirty]):
-                left.append(pages)
+            batch = self._leaving_pages[:dirty], self._leaving_slots[:dirty], self._leaving_sums[:dirty]
+            left.append(self.writing.begin(*batch))
         return not_looked_at
+
+    @property
+    def on_its_way(self) -> int:
+        """So many pages are being written, or gathered for it."""
+        return self.writing.pages
+
+    def finish(self) -> Pages:
+        """Wait for what is on its way to the DMS; returns the pages that it did not take."""
+        return self.writing.finish()
 
     def _drop(self, pages: Pages) -> Pages:
         """Let those of these resident pages (ascending) go unseen that nobody can have written to since they came in;
@@ -149,7 +161,7 @@ class Leaver:
         dropped: Pages = pages[outcome != lib.DMH_OUT_SKIPPED]
         return dropped
 
-    def _capture(self, pages: Pages) -> tuple[Pages, npt.NDArray[np.uint32]]:
+    def _capture(self, pages: Pages) -> tuple[Pages, Slots]:
         """RESIDENT -> STAGED; returns the pages captured and their slots, ascending."""
         pages = np.sort(pages)
         slots = np.empty(len(pages), np.uint32)
@@ -174,11 +186,12 @@ class Leaver:
         for page in pages:
             log.error("page %d is lost: its memory was removed by something outside dmh; access raises SIGBUS", page)
 
-    def _write_out(self, pages: Pages, slots: npt.NDArray[np.uint32] | None = None, *, keep: bool = False) -> Pages:
+    def _write_out(self, pages: Pages, slots: Slots | None = None, *, keep: bool = False) -> Pages:
         """Settle staged pages, write the dirty ones, acknowledge.  With `keep` they stay STAGED.
 
         Returns those whose content the DMS has now, or needs not have; where the store fails, without the dirty ones.
         """
+        self.writing.finish()
         if slots is None:
             if self._retry.resting:
                 return NO_PAGES  # they were settled before, and found dirty
@@ -197,29 +210,8 @@ class Leaver:
         if not dirty.any():
             return done
         pages = pages[dirty]
-        written = self._write(pages, slots[dirty], sums[dirty], keep=keep)
+        written = self.writing.write(pages, slots[dirty], sums[dirty], keep=keep)
         return np.concatenate([done, pages]) if written else done
-
-    def _write(
-        self, pages: Pages, slots: npt.NDArray[np.uint32], sums: npt.NDArray[np.uint64], *, keep: bool = False
-    ) -> bool:
-        """Write settled pages that are dirty, and acknowledge them.  False: the store did not take them; they stay
-        STAGED, which counts against the limit, until a later run can write them.
-        """
-        if self._retry.resting:
-            return False
-        try:
-            self._retry.attempt("writing pages", lambda: self._store.put_many(pages, self._contents(slots)))
-        except StoreError:
-            self._trusted_at = 0.0
-            return False
-        self._table.count(self._number, "write_calls")
-        lib.dmh_step(self._context, NUMBERS["put"])
-        lib.dmh_acknowledge(
-            self._context, ffi.from_buffer("uint64_t[]", pages), len(pages), ffi.from_buffer("uint32_t[]", slots),
-            ffi.from_buffer("uint64_t[]", sums), keep,
-        )  # fmt: skip
-        return True
 
     def _check_epoch(self, pages: Pages) -> None:
         """Before pages are dropped because the store has them: has it?  One that was restarted may have come back
@@ -231,6 +223,7 @@ class Leaver:
         if not len(local) or now - self._trusted_at < TRUST_SECONDS:
             return
         try:
+            self.writing.finish()
             if self._retry.resting:
                 raise StoreError("it did not answer a moment ago")
             epoch = self._retry.attempt("asking the store whether it is the one it was", self._store.epoch)
@@ -247,19 +240,13 @@ class Leaver:
             local = self._table.in_state(state)
             self._table.copies[local[self._table.copies[local] == Copy.VALID]] = Copy.UNKNOWN
 
-    def _slots_of(self, pages: Pages) -> tuple[Pages, npt.NDArray[np.uint32]]:
+    def _slots_of(self, pages: Pages) -> tuple[Pages, Slots]:
         """The slots of staged pages; pages that were taken back meanwhile fall out."""
         words = self._table.words[pages]
-        slots = ((words >> np.uint64(12)) & np.uint64(0xFFFFF)).astype(np.int64) - 1
+        slots = slots_of(words)
         staged = ((words & np.uint64(15)) == State.STAGED) & (slots >= 0)
         order = np.argsort(pages[staged])
         return pages[staged][order], slots[staged][order].astype(np.uint32)
-
-    def _contents(self, slots: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
-        first = int(slots[0])
-        if int(slots[-1]) - first == len(slots) - 1 and (np.diff(slots) == 1).all():
-            return self._slots[first : first + len(slots)]
-        return self._slots[slots]
 
     def local(self, first: int, end: int) -> Pages:
         """Pages of first .. end - 1 whose content is, or may be about to be, on this machine only."""
@@ -278,6 +265,7 @@ class Leaver:
         Returns the pages that were not written: they are on their way in, or the store does not take them.  A page is
         done once its content was written, or was seen to be the DMS's; not before, however often it comes and goes.
         """
+        self.writing.finish()
         words = self._table.words[todo]
         state = words & np.uint64(15)
         done = [todo[(state == State.NEW) | (state == State.STORED) | (state == State.POISONED)]]
@@ -302,6 +290,7 @@ class Leaver:
 
     def make_durable(self) -> bool:
         """What the store has is as safe as it can make it.  False: it does not answer."""
+        self.writing.finish()
         if self._retry.resting:
             return False
         try:
@@ -314,6 +303,7 @@ class Leaver:
         """Give up the content of pages: NEW, and forgotten by the DMS.  Returns pages that are being fetched: ask
         again.
         """
+        self.writing.finish()
         step = 1024
         busy = np.empty(step, np.uint64)
         left: list[Pages] = []
@@ -337,6 +327,7 @@ class Leaver:
         """When there is nothing else to do: after an outage, write what it kept here; and forget in the DMS what has
         become all zeros since it was written.
         """
+        self.writing.finish()
         if self._retry.resting:
             return
         if self._retry.since:

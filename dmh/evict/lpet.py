@@ -50,8 +50,15 @@ class Clock(Protocol):
 class Leaving(Protocol):
     """How pages leave: `dmh.evict.leave.Leaver`, or a simulation."""
 
+    @property
+    def on_its_way(self) -> int:
+        """So many pages are in the victim buffer, and to be gone soon."""
+
     def evict(self, pages: Pages) -> Pages:
-        """Move pages out; returns those that could not leave."""
+        """Move pages out; returns those that could not leave.  The last of them may still be on their way."""
+
+    def finish(self) -> Pages:
+        """Wait for those on their way; returns those that could not leave."""
 
     def write_staged(self) -> None:
         """Empty the victim buffer, as far as the store takes what is in it."""
@@ -140,7 +147,8 @@ class Lpet:
         fault waits at the hard bound, or where nobody rang and there is still too much.
         """
         raw = self._table.raw
-        local, low = self._table.local, int(raw.low)
+        # What is on its way to the store has been seen to, and is local no more as soon as that answers.
+        local, low = self._table.local - self._leaver.on_its_way, int(raw.low)
         if lib.dmh_room_wanted(raw) and self._table.resident >= int(raw.resident_max):
             return max(local - low, 1)
         if raw.rung_at:
@@ -218,6 +226,8 @@ class Lpet:
         """Move these pages out now, whatever the policy thinks of them; returns those that the store did not take."""
         self.forget(pages)
         left = self._leaver.evict(pages)
+        left = np.concatenate([left, self._leaver.finish()])
+        left = left[np.isin(left, pages)]  # a batch before them may have failed
         self._keep_unmoved(left)
         states = self._table.words[left] & np.uint64(15)
         held = (states == State.STAGED) | ((states == State.RESIDENT) & (self._table.pins[left] == 0))

@@ -13,9 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dmh.errors import KernelError
-from dmh.lspt.states import State, Word, unpack
+from dmh.lspt.states import SLOT_BITS, SLOT_SHIFT, State, Word, unpack
 from dmh.native import check, ffi, lib
 from dmh.observe.names import CELLS, COUNTERS
+
+
+def slots_of(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """The slots that pages' words name; -1 for those that name none."""
+    return ((words >> np.uint64(SLOT_SHIFT)) & np.uint64((1 << SLOT_BITS) - 1)).astype(np.int64) - 1
 
 
 @dataclass(frozen=True, slots=True)

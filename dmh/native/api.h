@@ -118,6 +118,7 @@ void     dmh_want_room(struct dmh_ctx *c, int wanted);
 void     dmh_ring_bell(struct dmh_shared *s);
 int      dmh_wait_bell(struct dmh_shared *s, uint32_t seen, int timeout_ms);
 void     dmh_stop(struct dmh_shared *s);
+void     dmh_hold_slots(struct dmh_ctx *c, const uint32_t *slots, uint64_t n, int on);
 int64_t  dmh_take_slots(struct dmh_ctx *c, uint32_t *out, uint64_t n, uint64_t from);
 void     dmh_return_slots(struct dmh_ctx *c, const uint32_t *slots, const uint8_t *outcome, uint64_t n);
 

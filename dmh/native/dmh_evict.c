@@ -349,9 +349,14 @@ int dmh_acknowledge(struct dmh_ctx *c, const uint64_t *pages, uint64_t n, const 
     int stored = 0;
     for (uint64_t i = 0; i < n; i++) {
         uint64_t page = pages[i], w = LOAD(&c->words[page]);
-        /* True of the DMS whether or not the page was taken back; and before STORED, so that a fetch finds its hash. */
-        STORE(&c->sums[page], sums[i]);
-        STORE(&c->copies[page], DMH_COPY_VALID);
+        /*
+         * True of the DMS whether or not the page was taken back; and before STORED, so that a fetch finds its hash.  But it may have left again since,
+         * as zeros: then what the DMS has is to be forgotten.
+         */
+        if (LOAD(&c->copies[page]) == DMH_COPY_UNKNOWN) {
+            STORE(&c->sums[page], sums[i]);
+            STORE(&c->copies[page], DMH_COPY_VALID);
+        }
         AT(c, DMH_AT_SUMMED);
         if (keep)
             continue;

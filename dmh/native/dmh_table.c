@@ -229,7 +229,7 @@ int64_t dmh_take_slots(struct dmh_ctx *c, uint32_t *out, uint64_t n, uint64_t fr
     enter(c);
     for (uint64_t i = 0; i < s->slots && got < n; i++) {
         uint64_t k = (from + i) % s->slots;
-        if (LOAD(&flags[k]) != SLOT_FREE)
+        if (LOAD(&flags[k]) != SLOT_FREE || (c->held && c->held[k]))
             continue;
         STORE(&flags[k], SLOT_ASIDE);
         out[got++] = (uint32_t)k;
@@ -238,6 +238,15 @@ int64_t dmh_take_slots(struct dmh_ctx *c, uint32_t *out, uint64_t n, uint64_t fr
     leave(c);
     AT(c, DMH_AT_SLOTS_TAKEN);
     return (int64_t)got;
+}
+
+/* Evictor: what is in these slots is being written, so they are not to be given out, whoever gives them up; or not any more. */
+void dmh_hold_slots(struct dmh_ctx *c, const uint32_t *slots, uint64_t n, int on)
+{
+    if (!c->held && !(c->held = calloc(c->s->slots, 1)))
+        dmh_die("no memory for %llu bytes", (unsigned long long)c->s->slots);
+    for (uint64_t i = 0; i < n; i++)
+        c->held[slots[i]] = (uint8_t)on;
 }
 
 /* Evictor: the slots that no page went into (every outcome but DIRTY) are free again. */

@@ -68,6 +68,7 @@ struct dmh_ctx {
     pthread_rwlock_t lock;      /* views[] and their descriptors: read-held over every use of one */
     uint32_t nviews;
     struct view views[DMH_MAX_VIEWS];
+    uint8_t *held;              /* evictor, per slot: being written; NULL: none ever was */
     int look;                   /* evictor: views carry a pidfd and their process's pagemap */
     /* monitor only */
     int epoll_fd, event_fd;

@@ -56,11 +56,16 @@ class StoreSpec:
 
 
 class OpenStore(abc.ABC):
-    """A page store, as one process uses it.  Not shared between threads.
+    """A page store, as one process uses it.  Used by one thread at a time.
 
     Every method may raise `StoreUnavailable` (worth another try at once) or another `StoreError` (worth one when
     somebody has mended what it says).
+
+    Attributes:
+        elsewhere: another process takes the pages in, so that writing is mostly waiting: pages are captured meanwhile.
     """
+
+    elsewhere: bool = False
 
     @abc.abstractmethod
     def get_many(self, pages: PageNumbers, out: PageBytes) -> Mask:

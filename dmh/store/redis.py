@@ -39,6 +39,8 @@ KEYS_PER_UNLINK = 256  # the server frees strings on the spot, UNLINK or not: 25
 class RedisStore(Store):
     """One server, one connection.  A call that fails drops the connection; the next call connects again."""
 
+    elsewhere = True
+
     def __init__(self, spec: StoreSpec) -> None:
         self._spec = spec
         self._prefix = b"dmh:" + spec.region_id + b":"

@@ -120,6 +120,7 @@ class EncryptedStore(OpenStore):
     def __init__(self, spec: StoreSpec, descriptors: Sequence[int], below: OpenStore) -> None:
         self._spec = spec
         self._below = below
+        self.elsewhere = below.elsewhere
         self._key_fd, self._versions_fd = descriptors
         self._cipher = AESGCM(os.pread(self._key_fd, KEY_BYTES, 0))
         memory = mmap.mmap(self._versions_fd, spec.pages * 8)
