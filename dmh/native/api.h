@@ -38,6 +38,8 @@ struct dmh_shared {
     uint32_t parked;            /* futex: 1 + the worker that has stopped there */
     uint32_t stop;              /* set once: nobody waits any more */
     uint32_t events_lost;       /* a ring was full: LPET must look at the table */
+    uint32_t evicting_on;       /* 1 + the processor that LPET is at work on; 0: it waits for the bell */
+    uint32_t unused;
     uint32_t heal_due;          /* a page is POISONED only because the DMS did not answer, or one was: the evictor looks */
     uint32_t quiet;             /* number of the period that lasts in which no program can write to the region; 0: one can.  See dmh_drop.c */
     uint32_t quiets;            /* how many such periods there were: numbers are not used again */

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/userfaultfd.h>
+#include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
@@ -304,6 +305,7 @@ int dmh_leave(struct dmh_ctx *c, int pipe_out, int pipe_in, uint64_t pipe_bytes,
         __builtin_prefetch(&c->copies[l->page[m]]);
         __builtin_prefetch(&c->sums[l->page[m]]);
     }
+    STORE(&c->s->evicting_on, (uint32_t)sched_getcpu() + 1);
     for (; i < l->n; i += k) {
         uint32_t slots[DMH_MAX_RUN];
         uint64_t sums[DMH_MAX_RUN], *pages = l->page + i;

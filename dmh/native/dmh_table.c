@@ -205,6 +205,7 @@ void dmh_ring_bell(struct dmh_shared *s)
 int dmh_wait_bell(struct dmh_shared *s, uint32_t seen, int timeout_ms)
 {
     struct timespec t = { timeout_ms / 1000, (timeout_ms % 1000) * 1000000l };
+    STORE(&s->evicting_on, 0u);
     if (LOAD(&s->bell) == seen && !LOAD(&s->stop))
         futex(&s->bell, FUTEX_WAIT, seen, &t);
     return LOAD(&s->bell) != seen;

@@ -81,6 +81,7 @@ struct dmh_ctx {
     struct dmh_redis *remote;   /* resolvers: over which stored pages are to be had without Python; NULL: over none */
     uint8_t *window_buffer;     /* as large as the largest window that was read ahead here */
     uint64_t window_bytes;
+    uint64_t apart_ns;          /* not before that is it to leave LPET's processor again */
     struct dmh_streams *streams; /* the caller's */
     uint64_t last_ns;           /* when the last message came: for spinning */
     int follow, followed_cpu;   /* dmh_follow.c.  -1: nobody in particular, run anywhere */

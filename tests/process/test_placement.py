@@ -56,6 +56,23 @@ def test_the_fault_path_follows_the_thread(open_region: OpenRegion) -> None:
             os.sched_setaffinity(0, allowed)
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_who_reads_ahead_keeps_the_processors_that_it_was_given(open_region: OpenRegion) -> None:
+    """It leaves LPET's processor for another only if it may run there, and may run where it could before afterwards."""
+    region = open_region("region.size=16MiB", "memory.limit=2MiB", "workers.cpus=any")
+    array = region.empty((3500, 4096), "u1")
+    allowed = os.sched_getaffinity(0)
+    with inside(region) as look:
+        pids = [*look.workers["evictor"], *look.workers["resolver"]]
+        for given in ({min(allowed)}, allowed):
+            for pid in pids:
+                os.sched_setaffinity(pid, given)
+            for _ in range(4):
+                array[:, 0] += 1
+            assert [os.sched_getaffinity(pid) for pid in pids] == [given] * len(pids)
+    assert (array[:, 0] == 8).all()
+
+
 def threads_at_the_lowest_priority(process: int) -> list[Path]:
     tasks = Path(f"/proc/{process}/task").iterdir()
     return [task for task in tasks if (task / "stat").read_text().rpartition(")")[2].split()[16] == "19"]
