@@ -26,7 +26,10 @@ from dmh.store.secrets import without_secrets
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
 
-START_TRIES = 5
+FAILURES = 5
+"""A worker that has failed so often in a row is started once more, and not again."""
+SOON_SECONDS = 10.0
+"""One that ends with an error so soon after its start has failed; later it has done something useful before."""
 PINS_PER_MESSAGE = 1000
 RESTORED = ("view-add", "view-remove", "view-process", "unpin")
 """What a successor knows from the views and pins it is given; asking it again would do it twice."""
@@ -67,8 +70,9 @@ class WorkerProcess:
     channel: Channel
     ready: bool = False
     waiting: dict[int, Request] = field(default_factory=dict)
-    failed_starts: int = 0
-    """How many of its predecessors in a row died before they were ready."""
+    failures: int = 0
+    """How many of its predecessors in a row died before they were ready, or ended with an error soon after."""
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def name(self) -> str:
@@ -123,16 +127,19 @@ class Pool:
         """A successor for a worker that has ended: told of every view, and asked again what the dead one was asked.
 
         It repairs the table before it reports ready.  ServiceError where it has no prospect: a worker that aborts has
-        found a defect, and one that never gets ready will not the next time either.
+        found a defect, and what never gets ready, or ends with the same error again and again, will not do better
+        the next time.
         """
         status = dead.process.wait()
+        soon = time.monotonic() - dead.began < SOON_SECONDS
+        failures = dead.failures + 1 if not dead.ready or (status > 0 and soon) else 0
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         dead.channel.close()
-        if status == -signal.SIGABRT or dead.failed_starts >= START_TRIES:
+        if status == -signal.SIGABRT or failures > FAILURES:
             raise ServiceError(f"{dead.name} ended unexpectedly ({how}); the service cannot go on without it")
         log.warning("%s ended unexpectedly (%s) and is started again", dead.name, how)
         worker = self._successor(dead.role, dead.number, views, pins)
-        worker.failed_starts = 0 if dead.ready else dead.failed_starts + 1
+        worker.failures = failures
         self.workers[self.workers.index(dead)] = worker
         for number, request in dead.waiting.items():
             if request.message["op"] in RESTORED:

@@ -170,6 +170,26 @@ class TestRun:
         assert "evictor ended unexpectedly (SIGABRT)" in err
         assert "0.0 " not in out
 
+    def test_a_worker_that_fails_again_and_again_ends_the_run(
+        self, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A service whose evictor is started for ever would stand still, and look as if it worked."""
+        (tmp_path / "sitecustomize.py").write_text(
+            "import sys\n"
+            "if 'workers.evictor' in sys.orig_argv:\n"
+            "    from dmh.evict.lpet import Lpet\n"
+            "    def run(self, keep_going): raise RuntimeError('a defect')\n"
+            "    Lpet.run = run\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        code = PROGRAM + "time.sleep(60)"
+        process = service.start("run", "-c", str(service.file), "--", sys.executable, "-c", code)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode != 0
+        assert err.count("evictor ended unexpectedly (exit status 1) and is started again") == 5
+        assert "evictor ended unexpectedly (exit status 1); the service cannot go on without it" in err
+        assert "a defect" in err
+
     @pytest.mark.parametrize(
         ("words", "status", "says"),
         [
