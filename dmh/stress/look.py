@@ -16,9 +16,9 @@ from dmh.lspt.table import Table
 from dmh.native import lib
 from dmh.observe.names import CELLS
 
-LATER = Counter({"/proc/N/task/N/stat": 1, "socket:[N]": 1})
-"""Descriptors that a worker may open while it works: the monitor looks at the thread that it follows, and a store's
-connection is made when it is first needed.
+LATER = Counter({"/proc/N/task/N/stat": 1, "/proc/loadavg": 1, "socket:[N]": 1})
+"""Descriptors that a worker may open while it works: the monitor looks at the thread that it follows, and who else
+wants to run; a store's connection is made when it is first needed.
 """
 
 
