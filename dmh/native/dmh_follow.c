@@ -7,8 +7,9 @@
  *
  * Following is a trap where the scheduler moves the thread each time it is woken: it is given an idle processor, because its own is ours at that moment,
  * we go there, and the one that we leave is the idle one next time.  Every fault then takes six times as long, for as long as the faults come.  Two
- * processors have a way out: the other one is kept from being idle (`keep_busy`).  With more of them there is always one to spare, so we stop following
- * for a while, and spin instead (dmh_monitor.c): the thread then finds its own processor idle, and stays there.
+ * processors have a way out: the other one is kept from being idle (`keep_busy`).  With more of them there is always one to spare, and sometimes the
+ * thread is moved all the same: then we stop following for a while, and spin instead (dmh_monitor.c), so that it finds its own processor idle, or
+ * used by the keeper alone, and stays there.  Spinning is of no use where the faults are a resolver's.
  */
 #include "internal.h"
 
@@ -24,6 +25,7 @@
 #define CHASE_NS 5000000ull     /* LATE_LOOK faults take a tenth of that where each has two dear wake-ups in it */
 #define CHASES 3
 #define KEEP_NS 1000000000ull   /* then see whether the scheduler still does that */
+#define STAY_NS 200000000ull
 #define NO_FAULTS_NS 300000ull
 #define SETTLE_NS 100000ull
 #define NEEDED_NS 1000000ull
@@ -83,10 +85,8 @@ static int runnable(int loadavg_fd)
 static int somebody_waits(struct dmh_ctx *c, int loadavg_fd)
 {
     int ours = 3 + (LOAD(&c->s->rung_at) != 0);
-    for (uint32_t w = 1; w + 1 < c->s->workers; w++) {
-        struct dmh_lane *lane = dmh_lane_of(c->s, w);
-        ours += LOAD(&lane->awake) && !LOAD(&lane->asleep);
-    }
+    for (uint32_t w = 1; w + 1 < c->s->workers; w++)
+        ours += LOAD(&dmh_lane_of(c->s, w)->awake) != 0;
     return runnable(loadavg_fd) > ours;
 }
 
@@ -99,20 +99,23 @@ static void *keep_busy(void *context)
     struct dmh_ctx *c = context;
     int loadavg_fd = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
     uint64_t look = 0, now;
+    int waits = 0;
     setpriority(PRIO_PROCESS, (id_t)gettid(), LEAST_NICE);
     STORE(&c->keeper, gettid());
     for (;;) {
         now = now_ns();
-        if (LOAD(&c->followed_cpu) < 0 || now >= LOAD(&c->keep_until_ns) || now > LOAD(&c->last_ns) + NO_FAULTS_NS) {
+        if (now >= LOAD(&c->keep_until_ns) || now > LOAD(&c->last_ns) + NO_FAULTS_NS) {
             STORE(&c->keeper_cpu, -1);
             STORE(&c->keeping, 0u);
             futex(&c->keeping, FUTEX_WAIT, 0, NULL);
             continue;
         }
         STORE(&c->keeper_cpu, sched_getcpu());
+        sched_yield(); /* the lowest priority alone does not let a woken thread in before the next tick */
         if (now >= look) {
             look = now + NEEDED_NS;
-            if (somebody_waits(c, loadavg_fd)) {
+            waits = somebody_waits(c, loadavg_fd) ? waits + 1 : 0;
+            if (waits == 2) { /* not by chance */
                 STORE(&c->keep_not_before_ns, now + YIELD_NS);
                 STORE(&c->keep_until_ns, 0ull);
             }
@@ -184,10 +187,12 @@ void dmh_follow(struct dmh_ctx *c, struct view *v, uint32_t thread, uint64_t now
     c->moved_ns = now;
     if (cpu >= 0 && c->chases >= CHASES) {
         c->chases = 0;
-        if (c->may_keep) {
+        if (c->may_keep && !(LOAD(&c->keeping) && c->inline_on)) {
             keep_other_busy(c, now);
         } else {
-            c->not_following_until_ns = now + KEEP_NS;
+            if (LOAD(&c->keeping))
+                bind_to(LOAD(&c->keeper), cpu, 0);
+            c->not_following_until_ns = now + STAY_NS;
             cpu = -1;
         }
     }
