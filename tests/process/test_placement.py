@@ -39,7 +39,7 @@ def test_the_fault_path_follows_the_thread(open_region: OpenRegion) -> None:
     """`auto` follows only where wake-ups across processors are dear, which the machine decides: then, and only then,
     the monitor is bound to the processor of the one thread that faults.
     """
-    region = open_region("workers.cpus=auto", "prefetch.enabled=false")
+    region = open_region("memory.limit=1MiB", "workers.cpus=auto", "prefetch.enabled=false")  # nothing is evicted
     array = region.empty((64, 4096), "u1")
     allowed = os.sched_getaffinity(0)
     with inside(region) as look:
