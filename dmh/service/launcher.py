@@ -256,7 +256,6 @@ class Launcher:
             self._undo.callback(os.close, fd)
 
     def _listen(self) -> None:
-        self.socket_path.unlink(missing_ok=True)  # a dead launcher's
         listener = Listener(self.socket_path)
         self._undo.callback(listener.close)
         self.watch(listener, lambda: self._accept(listener))

@@ -22,8 +22,12 @@ class Listener:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.bind(str(path))
+        # Under its name it listens from the first moment on; a dead launcher's gives way to it.
+        new = path.with_name(path.name + "+")
+        new.unlink(missing_ok=True)
+        self._socket.bind(str(new))
         self._socket.listen(64)
+        new.rename(path)
         self._socket.setblocking(False)
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
