@@ -5,7 +5,7 @@
     above the high threshold: mark and evict until the low one      dmh.evict.lpet, with the policy and the idle source
     mark what the policy will want to know of, within the budget
     answer requests: discard, evict, flush, pin, unpin
-    acknowledge what was written meanwhile                         dmh.evict.writing
+    acknowledge what was written meanwhile                          dmh.evict.writing
     bring back what programs could not get during an outage         dmh.evict.heal
     record what came in, where a recording is wanted               dmh.observe.trace
 
@@ -42,10 +42,10 @@ from dmh.store.retry import Stopped
 IDLE_MS = 1000
 BUSY_MS = 2
 """How long to wait before looking again when everything is pinned or being fetched."""
-SWITCH_SECONDS = 0.0005
-"""So long may the thread that writes keep the interpreter from this one, which has room to make."""
 AWAY_MS = 50
 """The same while the store does not answer; a request that comes meanwhile is answered at once."""
+SWITCH_SECONDS = 0.0005
+"""So long may the thread that writes keep the interpreter from this one, which has room to make."""
 
 
 class Evictor:
@@ -55,13 +55,13 @@ class Evictor:
         setup = worker.setup
         self.worker, self.table = worker, worker.table
         self.store = worker.open_store()
-        if self.store.elsewhere:
-            sys.setswitchinterval(SWITCH_SECONDS)
         recover(worker, self.store)
         pipe, retry = (worker.pipe_out, worker.pipe_in), worker.retry()
         self.leaver = Leaver(
             self.table, worker.context, setup.number, worker.slots, pipe, self.store, retry
         )  # fmt: skip
+        if self.leaver.writing.beside:
+            sys.setswitchinterval(SWITCH_SECONDS)
         self.healer = Healer(self.table, worker.context, self.store, retry)
         if setup.restarted:
             self.leaver.distrust()  # the store may have been restarted as well, and who would have noticed is dead

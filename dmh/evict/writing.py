@@ -50,6 +50,9 @@ class Writing:
 
     Args:
         on_failure: called when the store did not take a batch.
+
+    Attributes:
+        beside: another thread writes.
     """
 
     def __init__(
@@ -69,8 +72,8 @@ class Writing:
         self._store = store
         self._retry = retry
         self._on_failure = on_failure
-        beside = store.elsewhere and table.slots >= ROOM
-        self._thread = ThreadPoolExecutor(1, "writer") if beside else None
+        self.beside = store.elsewhere and table.slots >= ROOM
+        self._thread = ThreadPoolExecutor(1, "writer") if self.beside else None
         self._gathered: list[Batch] = []
         self._sent: tuple[Batch, Future[None]] | None = None
 
@@ -113,11 +116,11 @@ class Writing:
             except StoreError:
                 failed = batch[0]
                 self._on_failure()
+            else:
+                self._acknowledge(*batch, keep=False)
             finally:
                 self._sent = None
                 self._hold(batch[1], False)
-            if not len(failed):
-                self._acknowledge(*batch, keep=False)
         if self._gathered:
             failed = np.concatenate([failed, self._send()])
         return failed

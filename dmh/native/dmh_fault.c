@@ -1,10 +1,7 @@
 /* A resolver's part of a fault: claim pages, and install what was fetched for them. */
 #include "internal.h"
 
-#include <sched.h>
 #include <signal.h>
-
-#define APART_NS 1000000ull     /* moving costs some 10 us */
 
 /*
  * Step 3: ring LPET if what is local has reached the high threshold.  `granted` pages of it are this fault's own, not yet here.  A page that comes
@@ -396,24 +393,6 @@ int bring_stored(struct dmh_ctx *c, const struct dmh_request *r)
         dmh_install(c, p, c->page_buffer, 1);
     report_lost(p);
     return 1;
-}
-
-/*
- * What reads ahead and what evicts take the most time of all, and the scheduler, once it has them on one processor, may leave them there
- * while another is idle: who wakes a resolver is mostly a server, which has its own in use at that moment.  So a resolver that finds LPET at work on its
- * processor goes to another one, if it may, and from there wherever the scheduler wants.
- */
-static void leave_lpet_alone(struct dmh_ctx *c, uint64_t now)
-{
-    int cpu = sched_getcpu();
-    cpu_set_t mine, other;
-    if (cpu < 0 || LOAD(&c->s->evicting_on) != (uint32_t)cpu + 1 || now < c->apart_ns || sched_getaffinity(0, sizeof mine, &mine) < 0)
-        return;
-    c->apart_ns = now + APART_NS;
-    other = mine;
-    CPU_CLR(cpu, &other);
-    if (CPU_COUNT(&other) && sched_setaffinity(0, sizeof other, &other) == 0)
-        sched_setaffinity(0, sizeof mine, &mine);
 }
 
 /*

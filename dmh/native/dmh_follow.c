@@ -16,7 +16,6 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <sched.h>
-#include <signal.h>
 #include <sys/resource.h>
 
 #define LOOK_NS 20000000ull
@@ -31,6 +30,7 @@
 #define NEEDED_NS 1000000ull
 #define YIELD_NS 20000000ull
 #define LEAST_NICE 19
+#define APART_NS 1000000ull     /* moving costs some 10 us */
 
 /* Bind a thread to this processor, or to all `but` this one, or, for cpu -1, to none. */
 static void bind_to(pid_t thread, int cpu, int but)
@@ -70,15 +70,13 @@ static int processor_of(struct dmh_ctx *c, int pid, uint32_t thread)
 /* How many threads of the whole machine want to run now; 0 where that is not to be had. */
 static int runnable(int loadavg_fd)
 {
-    char text[128], *p;
+    char text[128];
+    int running = 0;
     ssize_t n = pread(loadavg_fd, text, sizeof text - 1, 0);
     if (n <= 0)
         return 0;
     text[n] = 0;
-    p = strchr(text, '/');
-    while (p && p > text && p[-1] != ' ')
-        p--;
-    return p ? atoi(p) : 0;
+    return sscanf(text, "%*s %*s %*s %d/", &running) == 1 ? running : 0;
 }
 
 /* More than the faulting thread, the monitor, this thread, and who of the workers is on his feet: somebody waits, perhaps for want of a processor. */
@@ -91,8 +89,8 @@ static int somebody_waits(struct dmh_ctx *c, int loadavg_fd)
 }
 
 /*
- * Keep the processor that the fault path is not on from being idle, at the lowest priority, so that whoever wants it has it at once; while faults come
- * from one thread, and until somebody else on this machine waits to run.
+ * Keep the processor that the fault path is not on from being idle, at the lowest priority, so that whoever wants it has it at once; while faults come,
+ * and until somebody else on this machine waits to run.
  */
 static void *keep_busy(void *context)
 {
@@ -124,16 +122,6 @@ static void *keep_busy(void *context)
     return NULL;
 }
 
-static void start_keeper(struct dmh_ctx *c)
-{
-    pthread_t thread;
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the threads that run Python */
-    c->keeper_started = pthread_create(&thread, NULL, keep_busy, c) == 0 && pthread_detach(thread) == 0;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-}
-
 /*
  * To the processor of the thread that faults, which waits meanwhile.  The keeper goes to the one that we leave, and is there before the thread is woken: it
  * must not find that one idle, nor come back to the keeper's.
@@ -157,8 +145,9 @@ static void keep_other_busy(struct dmh_ctx *c, uint64_t now)
 {
     if (now < LOAD(&c->keep_not_before_ns))
         return;
-    if (!c->keeper_started)
-        start_keeper(c); /* of use from the next time on */
+    pthread_t thread;
+    if (!c->keeper_started) /* of use from the next time on */
+        c->keeper_started = start_thread(&thread, keep_busy, c) == 0 && pthread_detach(thread) == 0;
     STORE(&c->keep_until_ns, now + KEEP_NS);
     STORE(&c->keeping, 1u);
     futex(&c->keeping, FUTEX_WAKE, 1, NULL);
@@ -197,4 +186,22 @@ void dmh_follow(struct dmh_ctx *c, struct view *v, uint32_t thread, uint64_t now
         }
     }
     go_to(c, cpu, now);
+}
+
+/*
+ * What reads ahead and what evicts take the most time of all, and the scheduler, once it has them on one processor, may leave them there
+ * while another is idle: who wakes a resolver is mostly a server, which has its own in use at that moment.  So a resolver that finds LPET at work on its
+ * processor goes to another one, if it may, and from there wherever the scheduler wants.
+ */
+void leave_lpet_alone(struct dmh_ctx *c, uint64_t now)
+{
+    int cpu = sched_getcpu();
+    cpu_set_t mine, other;
+    if (cpu < 0 || LOAD(&c->s->evicting_on) != (uint32_t)cpu + 1 || now < c->apart_ns || sched_getaffinity(0, sizeof mine, &mine) < 0)
+        return;
+    c->apart_ns = now + APART_NS;
+    other = mine;
+    CPU_CLR(cpu, &other);
+    if (CPU_COUNT(&other) && sched_setaffinity(0, sizeof other, &other) == 0)
+        sched_setaffinity(0, sizeof mine, &mine);
 }

@@ -188,12 +188,8 @@ int dmh_guardian_start(int socket_fd, const char *directory, const char *name, i
         h++;
     if (!r && h == DMH_MAX_VIEWS)
         r = -ENOSPC;
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old); /* the program's signals are for its own threads */
     if (!r)
-        r = -pthread_create(&g->thread, NULL, watch, g);
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
+        r = start_thread(&g->thread, watch, g);
     if (!r)
         guardians[h] = g;
     pthread_mutex_unlock(&guardians_lock);

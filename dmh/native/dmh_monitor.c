@@ -315,7 +315,7 @@ int dmh_receive(struct dmh_ctx *c, struct dmh_request *out, int max, int timeout
             if (behind ? fault[i].resolver : !resolve_here(c, &fault[i]))
                 out[left++] = fault[i];
         }
-        c->last_ns = now_ns();
+        STORE(&c->last_ns, now_ns());
         if (left || interrupted || c->births_n)
             return left;
     }

@@ -7,6 +7,7 @@
 #endif
 #include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -192,6 +193,17 @@ static inline int leave_to_evictor(struct dmh_ctx *c, uint64_t page, uint64_t w)
             dmh_step((c), (step)); \
     } while (0)
 
+/* A thread of our own in a process whose signals are for the threads that run Python, or the program.  0, or -errno. */
+static inline int start_thread(pthread_t *thread, void *(*run)(void *), void *argument)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int r = -pthread_create(thread, NULL, run, argument);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return r;
+}
+
 long futex(uint32_t *word, int op, uint32_t value, const struct timespec *timeout);
 void dmh_free_slot(struct dmh_ctx *c, uint32_t slot);
 void drain(int pipe_out);
@@ -201,6 +213,7 @@ int uffd_open_as(int kind); /* DMH_UFFD_...; a descriptor, or -errno */
 void note_birth(struct dmh_ctx *c, struct dmh_birth birth);
 uint64_t reserve_but(struct dmh_shared *s, uint64_t wanted, uint64_t keep);
 uint64_t kept_from_windows(const struct dmh_shared *s);
+void leave_lpet_alone(struct dmh_ctx *c, uint64_t now);
 void dmh_follow(struct dmh_ctx *c, struct view *v, uint32_t thread, uint64_t now);
 int hand_to(struct dmh_ctx *c, struct dmh_request *r, uint32_t n);
 void report_lost(const struct dmh_plan *p);

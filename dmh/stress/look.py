@@ -96,8 +96,8 @@ class Look:
 
     def connected(self) -> bool:
         """Whether the monitor has its connection to every resolver: they come up side by side, and some later."""
-        monitor = self.descriptors().get("monitor 0", Counter())
-        return monitor["socket:[N]"] > self.table.workers - 2  # and one to the launcher
+        sockets = kinds_of(self.workers().get(0, 0))["socket:[N]"]
+        return sockets > self.table.workers - 2  # and one to the launcher
 
     def memory(self) -> int:
         """Bytes that the kernel has given to the region and to the victim buffer."""
